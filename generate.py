@@ -1,0 +1,181 @@
+"""Text from a Pythia, on the command line: python generate.py --help"""
+import argparse
+import os
+import sys
+import time
+
+TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny-pythia")
+PROMPT = "When Elizabeth saw the sea for the first time, she"
+
+EPILOG = """\
+examples:
+  python generate.py --prompt "Call me" --tokens 500 --seed 7
+  echo "The whale" | python generate.py --prompt - --temperature 0
+  python generate.py --model EleutherAI/pythia-1b --revision step3000 --dtype bfloat16
+  python generate.py --model pythia-2.8b --random --device cuda      (speed only, no download)
+
+Prompt and text go to standard output as they come, everything else to standard error. There the last line
+is one fact to compare: model, dtype, device, new tokens, ms a token, tokens/s. A ms a token is the wall time
+from the first to the last new token, divided by the tokens after the first: loading and prompt are not in it.
+A text ends after --tokens, with the model's end-of-text token, or with the last position of its context; the
+line says so where it ends early. Exit code: 0; 2 and one sentence for what cannot be done; 130 after Ctrl-C.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"generate.py: {message}; see --help\n")
+
+
+def arguments(argv):
+    parser = Parser(formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG, description=(
+        "Continues a prompt with a Pythia; without arguments, with the small one beside this file."))
+    add = parser.add_argument
+    add("--model", default=TINY, metavar="NAME",
+        help="Hub name such as EleutherAI/pythia-160m-deduped, or a folder (default: tiny-pythia)")
+    add("--revision", metavar="REV",
+        help="training checkpoint of a Hub model, step0 to step143000 (default: the last)")
+    add("--random", action="store_true",
+        help="random weights in the size --model, pythia-14m to pythia-12b: no download and no tokenizer, so "
+             "the prompt's bytes are taken as token ids, and ids are printed")
+    add("--prompt", default=PROMPT, metavar="TEXT",
+        help="text to continue, or - to read it from standard input (default: %(default)r)")
+    add("--tokens", type=int, default=200, metavar="N", help="new tokens, at most (default: %(default)s)")
+    add("--temperature", type=float, default=0.7, metavar="T",
+        help="0 takes the likeliest token, 1 draws by the model's own probabilities (default: %(default)s)")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only (default: from all)")
+    add("--top-p", type=float, default=0.95, metavar="P",
+        help="draw from the fewest tokens that hold the probability P only (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N",
+        help="same seed, same text on the same kind of device (default: %(default)s)")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"),
+        help="of weights, activations and cache (default: float32 on a CPU, else float16)")
+    add("--fused", action="store_true", help="decode with the fused CUDA kernel (not part of this version)")
+    add("--graph", action=argparse.BooleanOptionalAction, default=True,
+        help="with --fused: replay a CUDA graph (default: yes)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Runs the command; returns its exit code."""
+    args = arguments(argv)
+    import torch  # takes seconds to import, for which --help should not have to wait
+
+    from model import DTYPES, Pythia, Refused
+    try:
+        device = args.device or ("cuda" if torch.cuda.is_available() else
+                                 "mps" if torch.backends.mps.is_available() else "cpu")
+        dtype = args.dtype or ("float32" if device == "cpu" else "float16")
+        prompt = args.prompt
+        if prompt == "-":
+            prompt = sys.stdin.buffer.read().decode(errors="replace").rstrip("\n")
+        if args.random:
+            model, text = Pythia.random(args.model, args.seed, DTYPES[dtype], device), TokenIds()
+        else:
+            quiet(args.model)
+            model = Pythia.from_pretrained(args.model, args.revision, DTYPES[dtype], device)
+            text = Text(args.model, args.revision)
+        tokens = model.generate(text.encode(prompt), args.tokens, args.temperature, args.top_k, args.top_p,
+                                args.seed, args.fused, args.graph)
+        name = os.path.basename(os.path.normpath(args.model))
+        name += f"@{args.revision}" if args.revision else " (random weights)" if args.random else ""
+        where = {"cpu": f"cpu ({torch.get_num_threads()} threads)", "mps": "mps"}.get(device)
+        where = where or torch.cuda.get_device_name(device)
+        return stream(tokens, args.tokens, prompt, text, model.config, f"{name}, {dtype}, {where}")
+    except Refused as refusal:
+        sentence = str(refusal)
+    except torch.OutOfMemoryError:
+        sentence = f"{args.model} in {dtype} does not fit into {device}'s memory: take a smaller one, or cpu"
+    print("generate.py:", sentence, file=sys.stderr)
+    return 2
+
+
+def stream(tokens, wanted, prompt, text, config, what):
+    """Prints the prompt, the tokens as they come, and the closing line; returns the exit code."""
+    print(prompt, end="", flush=True)
+    times, token, end = [], None, ""
+    try:
+        for token in tokens:
+            times.append(time.perf_counter())
+            print(text.decode(token), end="", flush=True)
+        if token in config.eos:
+            end = ", ended with the end-of-text token"
+        elif len(times) < wanted:
+            end = f", ended because all {config.context} positions of the context are used"
+    except KeyboardInterrupt:
+        end = ", interrupted"
+    finally:
+        print(text.rest(), flush=True)
+    speed = ""
+    if len(times) > 1:
+        seconds = (times[-1] - times[0]) / (len(times) - 1)
+        speed = f", {seconds * 1e3:.3f} ms a token, {1 / seconds:.1f} tokens/s"
+    print(f"{what}: {len(times)} tokens{speed}{end}", file=sys.stderr)
+    return 130 if end == ", interrupted" else 0
+
+
+class Text:
+    """The tokenizer of a checkpoint."""
+
+    def __init__(self, name, revision):
+        from tokenizers.decoders import DecodeStream
+        from transformers import AutoTokenizer
+
+        from model import Refused, loading
+        with loading(name, revision):
+            self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):  # transformers made one up
+            raise Refused(f"{name} has no tokenizer: put its tokenizer.json beside its weights")
+        self.stream, self.ids, self.printed = DecodeStream(skip_special_tokens=True), [], 0
+
+    def encode(self, prompt):
+        return self.tokenizer(prompt)["input_ids"]
+
+    def decode(self, token):
+        """The text that `token` completes: nothing while a character is still lacking bytes."""
+        self.ids.append(token)
+        piece = self.stream.step(self.tokenizer.backend_tokenizer, token) or ""
+        self.printed += len(piece)
+        return piece
+
+    def rest(self):
+        """What `decode` still holds back: the text may end within a character."""
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True)[self.printed:]
+
+
+class TokenIds:
+    """Stands for the tokenizer where weights are random."""
+
+    def encode(self, prompt):
+        return list(prompt.encode())
+
+    def decode(self, token):
+        return f" {token}"
+
+    def rest(self):
+        return ""
+
+
+def quiet(model):
+    """Keeps the libraries' remarks off standard error, and their progress bars where nobody watches them."""
+    import huggingface_hub.utils as hub
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    hub.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+        hub.disable_progress_bars()
+    elif not os.path.isdir(model):  # the Hub's client tries for half a minute before it gives up
+        print(f"asking the Hub for {model}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader, `head` for one, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

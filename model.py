@@ -1,0 +1,549 @@
+"""Pythia in plain PyTorch: the definition of the model, and the reference the fused kernel is compared with.
+
+Pythia (arXiv 2304.01373) is GPT-NeoX (arXiv 2204.06745) in ten sizes. Its block is parallel: attention and
+MLP both read the block's input x, and both are added to it:
+
+    y = x + attn(LN1(x)) + mlp(LN2(x))
+
+Symbols, here and in the kernel: C hidden size, NH heads, HS = C / NH head size, F = 4 C MLP width,
+V vocabulary, L layers, B batch, T tokens, R rotary dimensions of a head. Every matrix is stored as rows of
+length C (two of a block's four are transposed while loading), so that one copy of the weights serves
+this file and the kernel.
+"""
+import ctypes
+import math
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SIZES = {  # name: (L, C, NH, V); in all ten F = 4 C, R = HS / 4, and there are 2048 positions
+    "pythia-14m": (6, 128, 4, 50304),
+    "pythia-31m": (6, 256, 8, 50304),
+    "pythia-70m": (6, 512, 8, 50304),
+    "pythia-160m": (12, 768, 12, 50304),
+    "pythia-410m": (24, 1024, 16, 50304),
+    "pythia-1b": (16, 2048, 8, 50304),
+    "pythia-1.4b": (24, 2048, 16, 50304),
+    "pythia-2.8b": (32, 2560, 32, 50304),
+    "pythia-6.9b": (32, 4096, 32, 50432),
+    "pythia-12b": (36, 5120, 40, 50688),
+}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Refused(ValueError):
+    """What was asked for cannot be done. The message tells the user what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a model: counts of layers, heads, elements, and for `context` positions."""
+    n_layer: int
+    n_head: int
+    hidden: int
+    mlp: int
+    vocab: int
+    rotary_dims: int
+    context: int = 2048
+    rope_theta: float = 10000.0
+    eps: float = 1e-5
+    eos: tuple[int, ...] = (0,)  # tokens that end a text
+
+    @property
+    def head_size(self):
+        return self.hidden // self.n_head
+
+    @classmethod
+    def from_name(cls, name):
+        """The Config of one of SIZES; "EleutherAI/" before and "-deduped" after the name change nothing."""
+        size = name.removeprefix("EleutherAI/").removesuffix("-deduped")
+        if size not in SIZES:
+            raise Refused(f"no Pythia size is called {name!r}: take one of {', '.join(SIZES)}")
+        L, C, NH, V = SIZES[size]
+        return cls(n_layer=L, n_head=NH, hidden=C, mlp=4 * C, vocab=V, rotary_dims=C // NH // 4)
+
+    @classmethod
+    def from_transformers(cls, hf):
+        """The Config of a transformers config. Raises Refused with the first field this model cannot run."""
+        def need(field, value, runs):
+            if value != runs:
+                raise Refused(f"config.json says {field} = {value!r}, but this model runs only {runs!r}: "
+                              "take a Pythia checkpoint")
+        need("model_type", hf.model_type, "gpt_neox")
+        need("use_parallel_residual", hf.use_parallel_residual, True)
+        need("hidden_act", hf.hidden_act, "gelu")
+        need("tie_word_embeddings", hf.tie_word_embeddings, False)
+        need("attention_bias", hf.attention_bias, True)
+        need("rope_type (RoPE scaling)", hf.rope_parameters["rope_type"], "default")
+        head_size = hf.hidden_size // hf.num_attention_heads
+        rotary_pct = hf.rope_parameters["partial_rotary_factor"]
+        rotary_dims = int(head_size * rotary_pct)
+        if rotary_dims < 2 or rotary_dims % 2:
+            raise Refused(f"config.json says rotary_pct = {rotary_pct}, {rotary_dims} of {head_size} "
+                          "dimensions, but this model rotates pairs: take a Pythia checkpoint")
+        eos = hf.eos_token_id if isinstance(hf.eos_token_id, list) else [hf.eos_token_id]
+        return cls(n_layer=hf.num_hidden_layers, n_head=hf.num_attention_heads, hidden=hf.hidden_size,
+                   mlp=hf.intermediate_size, vocab=hf.vocab_size, rotary_dims=rotary_dims,
+                   context=hf.max_position_embeddings, rope_theta=hf.rope_parameters["rope_theta"],
+                   eps=hf.layer_norm_eps, eos=tuple(token for token in eos if token is not None))
+
+
+class Block(nn.Module):
+    """One layer."""
+
+    def __init__(self, config, tensor, rope_cos, rope_sin):
+        """`tensor(name, *shape, transposed=False)` supplies a weight under its name in the checkpoint."""
+        super().__init__()
+        self.config = config
+        C, F = config.hidden, config.mlp
+        self.ln1_w = tensor("input_layernorm.weight", C)
+        self.ln1_b = tensor("input_layernorm.bias", C)
+        self.ln2_w = tensor("post_attention_layernorm.weight", C)
+        self.ln2_b = tensor("post_attention_layernorm.bias", C)
+        self.w_qkv = tensor("attention.query_key_value.weight", 3 * C, C)         # rows: NH x (q, k, v) x HS
+        self.b_qkv = tensor("attention.query_key_value.bias", 3 * C)
+        self.w_out = tensor("attention.dense.weight", C, C, transposed=True)      # row: what o[h, d] adds
+        self.b_out = tensor("attention.dense.bias", C)
+        self.w_up = tensor("mlp.dense_h_to_4h.weight", F, C)                      # row: makes hidden unit j
+        self.b_up = tensor("mlp.dense_h_to_4h.bias", F)
+        self.w_down = tensor("mlp.dense_4h_to_h.weight", F, C, transposed=True)   # row: what unit j adds
+        self.b_down = tensor("mlp.dense_4h_to_h.bias", C)
+        self.register_buffer("rope_cos", rope_cos, persistent=False)              # shared by all layers
+        self.register_buffer("rope_sin", rope_sin, persistent=False)
+
+    def forward(self, x, cache_kv=None, pos=0):
+        """y [B, T, C] from x [B, T, C], whose tokens stand at positions pos..pos+T-1.
+
+        `cache_kv` [2, B, NH, context, HS] holds keys and values of positions 0..pos-1 and gets the new ones.
+        """
+        C, eps = self.config.hidden, self.config.eps
+        attn = self.attend(F.layer_norm(x, (C,), self.ln1_w, self.ln1_b, eps), cache_kv, pos)
+        hidden = F.linear(F.layer_norm(x, (C,), self.ln2_w, self.ln2_b, eps), self.w_up, self.b_up)
+        mlp = F.linear(F.gelu(hidden), self.w_down.T, self.b_down)                # [B, T, F] -> [B, T, C]
+        return x + (attn + mlp)                                                   # rounds once at x's size
+
+    def attend(self, x, cache_kv, pos):
+        (B, T, C), NH, HS = x.shape, self.config.n_head, self.config.head_size
+        qkv = F.linear(x, self.w_qkv, self.b_qkv).view(B, T, NH, 3, HS)
+        self.rotate(qkv[:, :, :, :2], pos)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)                                      # each [B, NH, T, HS]
+        if cache_kv is not None:
+            cache_kv[0, :, :, pos:pos + T] = k
+            cache_kv[1, :, :, pos:pos + T] = v
+            k, v = cache_kv[:, :, :, :pos + T]                                    # each [B, NH, pos+T, HS]
+        mask = None
+        if T > 1 and pos > 0:                                                     # query t sees keys 0..pos+t
+            mask = torch.ones(T, pos + T, dtype=torch.bool, device=x.device).tril(pos)
+        o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and pos == 0)  # scale HS**-0.5
+        return F.linear(o.transpose(1, 2).reshape(B, T, C), self.w_out.T, self.b_out)
+
+    def rotate(self, qk, pos):
+        """RoPE (arXiv 2104.09864) in place, on the first R of HS dimensions of qk [B, T, NH, 2, HS]."""
+        T, R = qk.shape[1], self.config.rotary_dims
+        cos = self.rope_cos[pos:pos + T, None, None]                              # [T, 1, 1, R/2] fp32
+        sin = self.rope_sin[pos:pos + T, None, None]
+        a, b = qk[..., :R].to(cos.dtype).chunk(2, dim=-1)                         # pairs (i, i + R/2)
+        qk[..., :R] = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Pythia(nn.Module):
+    """The whole model, made by `Pythia.from_pretrained` or `Pythia.random`."""
+
+    def __init__(self, config, tensor):
+        """`tensor(name, *shape, transposed=False)` supplies a weight under its name in the checkpoint."""
+        super().__init__()
+        self.config = config
+        C, V = config.hidden, config.vocab
+        self.embed_in = tensor("gpt_neox.embed_in.weight", V, C)
+        cos, sin = rope_tables(config, self.embed_in.device)                      # each [context, R/2] fp32
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.blocks = nn.ModuleList()
+        for i in range(config.n_layer):
+            def layer_tensor(name, *shape, i=i, **kw):
+                return tensor(f"gpt_neox.layers.{i}.{name}", *shape, **kw)
+            self.blocks.append(Block(config, layer_tensor, cos, sin))
+        self.lnf_w = tensor("gpt_neox.final_layer_norm.weight", C)
+        self.lnf_b = tensor("gpt_neox.final_layer_norm.bias", C)
+        self.embed_out = tensor("lm_head.weight", V, C)
+
+    def forward(self, tokens, cache=None, pos=0):
+        """Logits [B, T, V] for tokens [B, T] int64 at positions pos..pos+T-1.
+
+        With a `cache` from `new_cache`, keys and values are stored at pos..pos+T-1, and the tokens see all of
+        0..pos+T-1 that is not after them; without one, they see only each other. Raises Refused past the last
+        position.
+        """
+        return F.linear(self.body(tokens, cache, pos), self.embed_out)
+
+    def body(self, tokens, cache, pos):
+        """All but the LM head: the final LayerNorm's output [B, T, C]."""
+        last = pos + tokens.shape[1] - 1
+        if last >= self.config.context:
+            raise Refused(f"position {last} is past the last of {self.config.context} positions: "
+                          "shorten the prompt or ask for fewer tokens")
+        x = F.embedding(tokens, self.embed_in)                                    # [B, T, C]
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache[i], pos)
+        return F.layer_norm(x, (self.config.hidden,), self.lnf_w, self.lnf_b, self.config.eps)
+
+    def new_cache(self, batch=1):
+        """A key/value cache [L, 2, B, NH, context, HS]. Rows are written before they are read."""
+        c = self.config
+        return torch.empty(c.n_layer, 2, batch, c.n_head, c.context, c.head_size,
+                           dtype=self.embed_in.dtype, device=self.embed_in.device)
+
+    def generate(self, tokens, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=None,
+                 fused=False, graph=True):
+        """Yields up to `max_new_tokens` ids (ints) that continue `tokens` (list or 1-D tensor), as they come.
+
+        `temperature` 0 takes the likeliest token; above 0 draws from softmax(logits / temperature), cut to
+        the `top_k` likeliest tokens and then to the fewest that hold probability `top_p`. `seed` repeats the
+        draws on the same kind of device. The text ends early with a token of `config.eos`, which is yielded;
+        if it ends early without one, all `config.context` positions are used. `graph` matters only with
+        `fused`. Raises Refused, before any work, for arguments that cannot be.
+        """
+        tokens = torch.as_tensor(tokens, dtype=torch.int64)
+        check_arguments(self.config, tokens, max_new_tokens, temperature, top_k, top_p)
+        rng = torch.Generator(self.embed_in.device)
+        rng.seed() if seed is None else rng.manual_seed(seed)
+        return self._generate(tokens.to(self.embed_in.device), max_new_tokens,
+                              Sampler(temperature, top_k, top_p, rng), self.fuse(graph=graph) if fused else None)
+
+    @torch.inference_mode()
+    def _generate(self, tokens, max_new_tokens, sampler, fused):
+        cache, pos = fused.cache if fused else self.new_cache(), len(tokens)
+        if max_new_tokens == 0:
+            return
+        x = self.body(tokens[None], cache, 0)[:, -1:]                             # prefill
+        token = sampler(F.linear(x, self.embed_out)[0, 0])                        # from logits [V]
+        steps = min(max_new_tokens - 1, self.config.context - pos)
+        later = fused.decode(token, pos, steps, sampler) if fused else self.decode(token, pos, steps, sampler, cache)
+        for chosen in chain([int(token)], later):
+            if chosen < 0:
+                raise Refused(f"the logits are not finite in {self.embed_out.dtype}: take dtype float32 or bfloat16")
+            yield chosen
+            if chosen in self.config.eos:
+                return
+
+    def decode(self, token, pos, steps, sampler, cache):
+        """Yields `steps` tokens (ints) after `token` (0-d tensor) at `pos`, one forward pass each."""
+        for at in range(pos, pos + steps):
+            x = self.body(token.view(1, 1), cache, at)
+            token = sampler(F.linear(x, self.embed_out)[0, 0])
+            yield int(token)
+
+    def fuse(self, cache=None, graph=True, cluster=None, **tuning):
+        """A `Fused` decoder: this model's weights, one kernel launch a token. Compiles the kernel the first time.
+
+        `cache` (from `new_cache`) is shared with the reference, so that either can go on where the other stopped.
+        `graph` replays a captured CUDA graph; `cluster` and `tuning` are the constants of build.constants. Raises
+        Refused where the kernel cannot run: no CUDA GPU of compute capability 9 or later, another dtype than
+        float16, a shape it has no code for, no compiler.
+        """
+        return Fused(self, cache, graph, cluster, **tuning)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder, revision=None, dtype=torch.float32, device="cpu"):
+        """A checkpoint from the Hugging Face Hub ("EleutherAI/pythia-70m", revision="step3000") or a folder.
+
+        transformers finds, downloads and reads the files: safetensors or .bin, whole or sharded. Raises
+        Refused where they cannot be had, or are not exactly this model.
+        """
+        # imported here, because it takes seconds and Pythia.random has no need of it
+        from transformers import AutoConfig, GPTNeoXForCausalLM
+        from transformers.utils import logging
+        check_device(dtype, device)
+        if revision is not None and os.path.isdir(name_or_folder):
+            raise Refused(f"{name_or_folder} is a folder and has no revision {revision!r}: leave it out")
+        with loading(name_or_folder, revision):
+            hf_config = AutoConfig.from_pretrained(name_or_folder, revision=revision, trust_remote_code=False)
+            config = Config.from_transformers(hf_config)
+            hf, report = GPTNeoXForCausalLM.from_pretrained(
+                name_or_folder, config=hf_config, revision=revision or "main", dtype=dtype,
+                output_loading_info=True, ignore_mismatched_sizes=True)  # they are refused below, with names
+        for key, fault in (("missing_keys", "lacks"),
+                           ("unexpected_keys", "has tensors this model does not use:"),
+                           ("mismatched_keys", "has tensors of another shape than config.json says:")):
+            if names := sorted(map(str, report[key])):
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise Refused(f"{name_or_folder} {fault} {', '.join(names[:3])}{more}: "
+                              "fetch its files again, or take a Pythia checkpoint")
+
+        def tensor(name, *shape, transposed=False):
+            """Takes one weight away from the transformers model, so that all weights never exist twice."""
+            parent, _, attribute = name.rpartition(".")
+            module = hf.get_output_embeddings() if parent == "lm_head" else hf.get_submodule(parent)
+            w = getattr(module, attribute).detach().to(device)
+            setattr(module, attribute, None)
+            if transposed:  # in the same memory, which for a file that is mapped are its (private) pages
+                w = w.view(shape).copy_(w.T.contiguous())
+            bar.update()
+            return nn.Parameter(w, requires_grad=False)
+        with logging.tqdm(total=len(hf.state_dict()), desc=f"Moving weights to {device}") as bar:
+            return cls(config, tensor)
+
+    @classmethod
+    def random(cls, name, seed=0, dtype=torch.float32, device="cpu"):
+        """A model of the shape `name` (one of SIZES, or a Config) with random weights made on the device.
+
+        They have what makes trained weights hard on arithmetic: LayerNorm gains spread around 1, biases that
+        are not 0, and four channels of the residual stream far larger than the rest. Same seed, dtype and
+        kind of device: same weights.
+        """
+        check_device(dtype, device)
+        config = name if isinstance(name, Config) else Config.from_name(name)
+        rng = torch.Generator(device).manual_seed(seed)
+        outliers = torch.randperm(config.hidden, generator=rng, device=device)[:4]
+
+        def tensor(name, *shape, transposed=False):
+            w = torch.empty(shape, dtype=dtype, device=device)
+            if name.endswith("bias"):
+                w.normal_(0, 0.1, generator=rng)
+            elif len(shape) == 1:
+                w.uniform_(0.4, 1.6, generator=rng)
+            elif name.endswith("embed_in.weight"):
+                w.normal_(0, 1, generator=rng)
+                w[:, outliers] *= 10
+            elif transposed:  # [inputs, outputs] into the residual stream, whose size must not grow with L
+                w.normal_(0, (shape[0] * 2 * config.n_layer) ** -0.5, generator=rng)
+                w[:, outliers] *= 10
+            else:             # [outputs, inputs]
+                w.normal_(0, shape[1] ** -0.5, generator=rng)
+            return nn.Parameter(w, requires_grad=False)
+        return cls(config, tensor)
+
+
+class Fused:
+    """A decode step that is one launch of the kernel in fused_block.cu; made by `Pythia.fuse`.
+
+    It shares the model's weights and a key/value cache, and owns the few buffers that a launch works in. Token and
+    position live on the device (`state`), so a step needs nothing from the host and a captured one can be replayed.
+    """
+    FIXED_ONE = 2.0**24                                                           # 1 in the residual's fixed point
+
+    def __init__(self, model, cache, graph, cluster, **tuning):
+        from build import constants, device_arch, load
+        c, device = model.config, model.embed_in.device
+        if device.type != "cuda" or model.embed_in.dtype != torch.float16:
+            raise Refused(f"the fused kernel runs float16 on a CUDA GPU, not {model.embed_in.dtype} on {device.type}: "
+                          "take dtype float16 and device cuda, or leave fused out")
+        arch, sms = device_arch(device), torch.cuda.get_device_properties(device).multi_processor_count
+        self.defines = constants(c, arch, cluster, sms=sms, **tuning)
+        self.library = load(self.defines, arch)
+        self.library.fused_prepare.restype = self.library.fused_launch.restype = ctypes.c_char_p
+        clusters = ctypes.c_int()
+        with torch.cuda.device(device):
+            check(self.library.fused_prepare(ctypes.byref(clusters)))
+        self.clusters, size = clusters.value, self.defines["CLUSTER"]
+        if self.clusters * size * 2 < sms:
+            raise Refused(f"this GPU has room for {self.clusters} clusters of {size} blocks at once, on {sms} "
+                          "multiprocessors: end what else runs on it, or take a smaller cluster")
+        cache = model.new_cache() if cache is None else cache
+        shape = (c.n_layer, 2, 1, c.n_head, c.context, c.head_size)
+        if (cache.shape, cache.dtype, cache.device) != (shape, torch.float16, device) or not cache.is_contiguous():
+            raise Refused(f"the cache is {list(cache.shape)} {cache.dtype} on {cache.device}, the model needs "
+                          f"{list(shape)} torch.float16 on {device}, contiguous: take one from new_cache()")
+        self.config, self.device, self.cache, self.use_graph, self.graph = c, device, cache, graph, None
+        self.state = torch.zeros(16, dtype=torch.int32, device=device)            # token, position, ...: State
+        self.residual = torch.zeros(3, c.hidden, dtype=torch.int64, device=device)
+        self.logits = torch.zeros(c.vocab, device=device)
+        self.history = torch.zeros(c.context, dtype=torch.int32, device=device)   # the token chosen at a position
+        self.failure = torch.zeros(4, dtype=torch.int32).pin_memory()             # still there after a failure
+        self.taps = torch.zeros(6 * c.hidden + c.mlp, device=device)
+        self.timeline = torch.zeros(sms, c.n_layer + 1, 10, dtype=torch.int64, device=device)
+        tensors = [t for b in model.blocks for t in (b.ln1_w, b.ln1_b, b.ln2_w, b.ln2_b, b.w_qkv, b.b_qkv, b.w_out,
+                                                     b.b_out, b.w_up, b.b_up, b.w_down, b.b_down)]
+        tensors += [model.embed_in, model.lnf_w, model.lnf_b, model.embed_out, model.rope_cos, model.rope_sin, cache,
+                    self.residual, self.logits, self.history, self.state, self.failure, self.taps, self.timeline]
+        # views of the memory itself: it stays as long as this object, whatever becomes of the model
+        self.tensors = [t.detach() for t in tensors]
+        if any(t.data_ptr() % 16 or not t.is_contiguous() for t in self.tensors):
+            raise Refused("a weight is not contiguous, or not at a multiple of 16 bytes: load the model anew")
+        self.pointers = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in self.tensors))
+
+    def __call__(self, tokens, cache, pos):
+        """Logits [1, 1, V] fp32 of one token [1, 1] at `pos`: the signature of the reference's decode step."""
+        if tokens.shape != (1, 1) or cache is not self.cache:
+            raise Refused("a fused step takes one token and the cache it was made with: take the model for others")
+        self.start(tokens, pos)
+        self.launch(0, self.config.n_layer, lm_head=True)
+        return self.logits.view(1, 1, -1)
+
+    def start(self, token, pos):
+        """Makes `token` (int or tensor of one) at position `pos` the input of the next step."""
+        if not 0 <= pos < self.config.context:
+            raise Refused(f"position {pos} is past the last of {self.config.context}: shorten the prompt, or ask "
+                          "for fewer tokens")
+        self.state[0:1].copy_(torch.as_tensor(token).view(1))
+        self.state[1] = pos
+
+    def launch(self, first_layer, last_layer, lm_head):
+        """Layers first_layer..last_layer - 1 on the current stream; from 0 with the embedding, `lm_head` with S10."""
+        with torch.cuda.device(self.device):
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            check(self.library.fused_launch(self.pointers, self.clusters, first_layer, last_layer, int(lm_head), stream))
+
+    def step(self, sampler=None):
+        """One token, without waiting for it: replays the step, captured the first time, or launches it.
+
+        The kernel takes the likeliest token; a `sampler` with a temperature chooses anew, on the device too.
+        """
+        if not self.use_graph:
+            return self.launch_and_choose(sampler)
+        if self.graph is None or self.captured != sampler:
+            self.capture(sampler)
+        self.graph.replay()
+
+    def launch_and_choose(self, sampler):
+        self.launch(0, self.config.n_layer, lm_head=True)
+        if sampler is not None and sampler.temperature > 0:
+            token = sampler(self.logits)
+            self.state[:1] = token
+            self.history.index_copy_(0, self.state[1:2].long() - 1, token.view(1).int())
+
+    def capture(self, sampler):
+        self.graph, self.captured = torch.cuda.CUDAGraph(), sampler
+        if sampler is not None and sampler.temperature > 0:
+            drawn = sampler.rng.get_state()
+            sampler(self.logits)                                                  # loads what PyTorch loads lazily
+            sampler.rng.set_state(drawn)
+            self.graph.register_generator_state(sampler.rng)
+        with torch.cuda.graph(self.graph):
+            self.launch_and_choose(sampler)
+
+    def decode(self, token, pos, steps, sampler=None):
+        """Yields `steps` tokens (ints) after `token` at `pos`; each is read while the GPU works on the next."""
+        if steps > 0:
+            self.start(token, pos)
+        reader, host = torch.cuda.Stream(self.device), torch.zeros(1, dtype=torch.int32).pin_memory()
+        ready = [torch.cuda.Event(), torch.cuda.Event()]
+        for n in range(steps + 1):
+            if n < steps:
+                self.step(sampler)
+                ready[n % 2].record()
+            if n > 0:
+                with torch.cuda.stream(reader):
+                    reader.wait_event(ready[(n - 1) % 2])
+                    host.copy_(self.history[pos + n - 1:pos + n], non_blocking=True)
+                self.wait(reader)
+                yield int(host)
+
+    def wait(self, stream):
+        """Waits for `stream`; RuntimeError names the sync that a launch gave up at, if one did."""
+        try:
+            stream.synchronize()
+        except RuntimeError as error:
+            sync, block, layer, seen = self.failure.tolist()
+            if sync == 0:
+                raise
+            name = ["", "(1)", "(2)", "(3)", "(4)", "(F)", "(E)"][sync]
+            raise RuntimeError(f"the fused kernel waited too long at sync {name}, block {block}, layer {layer}, with "
+                               f"{seen} to come, and gave up: start a new process") from error
+
+    def get_residual(self):
+        """x [C] float64, as the last launch left it."""
+        return self.residual[int(self.state[2]) % 3].double() / self.FIXED_ONE
+
+    def set_residual(self, x):
+        """Makes x [C] the input of the next launch that starts after layer 0."""
+        self.residual[int(self.state[2]) % 3] = (x.double() * self.FIXED_ONE).round().long()
+
+
+def check(error):
+    """Raises what a function of the kernel's library returned (bytes), if anything."""
+    if error:
+        raise RuntimeError(f"CUDA refused the fused kernel: {error.decode()}")
+
+
+def rope_tables(config, device):
+    """RoPE's cos and sin [context, R/2] fp32: at position p, pair i turns by the angle p * theta**(-2i/R)."""
+    i = torch.arange(0, config.rotary_dims, 2, dtype=torch.float32, device=device)
+    p = torch.arange(config.context, dtype=torch.float32, device=device)
+    angle = torch.outer(p, 1.0 / config.rope_theta ** (i / config.rotary_dims))
+    return angle.cos(), angle.sin()
+
+
+@dataclass
+class Sampler:
+    """Chooses a token as `Pythia.generate` says, on the device of the logits and without waiting for it."""
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    rng: torch.Generator | None = None
+
+    def __call__(self, logits):
+        """A token (0-d int64) from logits [V]; -1 where they are not finite."""
+        best, token = logits.max(-1)                                              # the first of equals
+        if self.temperature > 0:
+            logits, order = (logits.float() / self.temperature).sort(descending=True, stable=True)
+            probs = logits[:self.top_k].nan_to_num().softmax(-1)
+            if self.top_p:
+                probs = probs.where(probs.cumsum(-1) - probs < self.top_p, 0)     # likelier ones hold top_p
+            token = order[torch.multinomial(probs, 1, generator=self.rng)[0]]
+        return token.where(best.isfinite(), -1)
+
+
+def check_arguments(config, tokens, max_new_tokens, temperature, top_k, top_p):
+    """Refuses arguments of `Pythia.generate` that cannot be."""
+    if tokens.ndim != 1:
+        raise Refused(f"the prompt has shape {list(tokens.shape)}: give one sequence of tokens")
+    if len(tokens) == 0:
+        raise Refused("the prompt is empty: give at least one token")
+    if len(tokens) > config.context:
+        raise Refused(f"the prompt has {len(tokens)} tokens, the context only {config.context}: shorten it")
+    if tokens.min() < 0 or tokens.max() >= config.vocab:
+        raise Refused(f"the prompt holds {int(tokens.min())} to {int(tokens.max())}, the vocabulary only "
+                      f"0 to {config.vocab - 1}: use the tokenizer that belongs to the model")
+    if max_new_tokens < 0:
+        raise Refused(f"{max_new_tokens} new tokens cannot be made: ask for 0 or more")
+    if not 0 <= temperature < math.inf:
+        raise Refused(f"temperature {temperature} is not possible: take 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise Refused(f"top-k {top_k} leaves no token: take 1 or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise Refused(f"top-p {top_p} is not a probability that leaves a token: take more than 0, at most 1")
+
+
+def check_device(dtype, device):
+    """Refuses a dtype that is not one of DTYPES, and a device that cannot multiply matrices of it."""
+    if dtype not in DTYPES.values():
+        raise Refused(f"dtype {dtype} is not supported on {device}: take {', '.join(DTYPES)}")
+    try:
+        torch.ones(8, 8, dtype=dtype, device=device) @ torch.ones(8, 8, dtype=dtype, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise Refused(f"device {device} cannot compute in {dtype} ({first_line(error)}): "
+                      "take another dtype, or device cpu") from error
+
+
+@contextmanager
+def loading(name, revision):
+    """Turns what transformers raises over a checkpoint into Refused."""
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:  # over a damaged file, readers raise nearly every type there is
+        cause = type(error.__cause__ or error).__name__
+        if os.path.isdir(name):
+            sentence = f"the checkpoint in {name} cannot be read ({first_line(error)}): fetch it again"
+        elif "Revision" in cause or "not a valid git identifier" in str(error):
+            sentence = f"{name} has no revision {revision!r}: leave it out, or take one such as step3000"
+        elif "LocalEntry" in cause or "Offline" in cause or "Connection" in cause:
+            sentence = (f"{name} is neither a folder nor downloaded before, and the Hub cannot be reached: "
+                        "check the network, or give a folder")
+        elif "Repo" in cause or "HFValidation" in cause or "Gated" in cause:
+            sentence = (f"{name} is neither a folder nor a model on the Hub: "
+                        "give a folder, or a name such as EleutherAI/pythia-70m")
+        else:
+            sentence = f"{name} cannot be loaded ({first_line(error)}): check the name, or fetch it again"
+        raise Refused(sentence) from error
+
+
+def first_line(error):
+    return " ".join(str(error).split("\n")[0].split())[:200] or type(error).__name__
