@@ -3,15 +3,16 @@
     python build.py --model pythia-2.8b                     compile for the GPU of this machine, and cache
     python build.py --compile-only --arch sm_90a            compile all ten shapes; needs nvcc, but no GPU
 
-The kernel's shape is a set of compile-time constants, so every loop over it has a fixed length. One library a shape
-and architecture is kept where torch keeps its extensions (TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions); its
-name holds a hash of the source, the flags and the versions, so a change of any of them compiles anew.
+The kernel's shape is a set of compile-time constants, so every loop over it has a fixed length. One library a
+shape and architecture is kept where torch keeps its extensions (TORCH_EXTENSIONS_DIR, or
+~/.cache/torch_extensions); its name holds a hash of the source, the flags and the versions, so that a change
+of any of them compiles anew.
 """
 import argparse
 import ctypes
 import fcntl
+import functools
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -27,15 +28,16 @@ from tqdm import tqdm
 from model import SIZES, Config, Refused
 
 SOURCE = Path(__file__).with_name("fused_block.cu")
-SHARED_BYTES = {"sm_90a": 227 * 1024, "sm_100a": 227 * 1024, "sm_120a": 99 * 1024}  # a block's most; CUDA guide
-COMPILE_SECONDS = 10  # about; nvcc 13.0 on one core of a server
+# the most that one thread block may have, by the CUDA programming guide
+SHARED_BYTES = {"sm_90a": 227 * 1024, "sm_100a": 227 * 1024, "sm_120a": 99 * 1024}
+COMPILE_SECONDS = 10  # about, said before it starts; bench.py measures it
 
 
 def default_cluster(config, sms=132):
     """Thread blocks in a cluster: the fewest that make a head no more work than a block's fair share.
 
-    A head is 4*HS rows of C, split over the blocks of its cluster; the fair share is all rows over all blocks. Clusters
-    of 4 and 8 leave about one multiprocessor in eleven unused, because a cluster does not span two GPCs.
+    A head is 4*HS rows of C, split over the blocks of its cluster; the fair share is all rows over all
+    blocks. Clusters of 4 and 8 leave about one multiprocessor in eleven unused, because none spans two GPCs.
     """
     head_rows, all_rows = 4 * config.head_size, 4 * config.hidden + 2 * config.mlp
     for cluster in (1, 2, 4):
@@ -46,13 +48,20 @@ def default_cluster(config, sms=132):
     return 8
 
 
-def constants(config, arch="sm_90a", cluster=None, threads=256, rows=None, attention_kib=None, sms=132):
-    """The kernel's -D constants {name: int} for a Config. Raises Refused for a shape the kernel has no code for."""
+def constants(config, arch="sm_90a", cluster=None, threads=256, rows=None, attention_kib=None, sms=132,
+              extra=None):
+    """The kernel's -D constants {name: int} for a Config, on a GPU of `sms` multiprocessors.
+
+    `threads`, `rows` and `attention_kib` are tuning, see THREADS, ROWS and ATTENTION_BYTES in fused_block.cu;
+    `extra` adds constants of test builds: {"TAPS": 1}, {"TIMELINE": 1} or {"MUTANT": k}. Raises Refused for a
+    shape that the kernel has no code for.
+    """
     c = config
     cluster = cluster or default_cluster(c, sms)
     if cluster not in (1, 2, 4, 8):
         raise Refused(f"cluster size {cluster} is not offered: take 1, 2, 4 or 8")
-    for what, value, fits in (("hidden size", c.hidden, c.hidden % 128 == 0 and c.hidden <= 5120),
+    team = c.hidden // (8 if c.hidden < 4096 else 16)  # threads that hold a row: half a warp, or whole ones
+    for what, value, fits in (("hidden size", c.hidden, c.hidden <= 5120 and (team == 16 or team % 32 == 0)),
                               ("head size", c.head_size, c.head_size % 16 == 0 and c.head_size <= 256),
                               ("rotary dimensions", c.rotary_dims, c.rotary_dims % 2 == 0),
                               ("MLP width", c.mlp, c.mlp % 8 == 0), ("vocabulary", c.vocab, c.vocab < 2**31),
@@ -61,14 +70,15 @@ def constants(config, arch="sm_90a", cluster=None, threads=256, rows=None, atten
             raise Refused(f"the fused kernel has no code for {what} {value}: run without fused")
     if c.eps != 1e-5:
         raise Refused(f"the fused kernel has LayerNorm eps 1e-5, not {c.eps}: run without fused")
-    if rows is None:  # a tile of 16 to 40 KB, or a quarter of that where a block has less than half the shared memory
-        rows = 8 if c.hidden <= 2048 else 4 if c.hidden < 4096 else 2
-        rows = rows if SHARED_BYTES[arch] > 128 * 1024 else max(1, rows // 4)
+    if rows is None:  # two stages of 16 to 20 KB, or a quarter of that where shared memory is half as large
+        rows = 8 if c.hidden < 4096 else 4
+        rows = rows if SHARED_BYTES[arch] > 128 * 1024 else max(2, rows // 4)
     if attention_kib is None:
         attention_kib = 64 if c.hidden <= 1024 else 128
-    return {"HIDDEN": c.hidden, "HEADS": c.n_head, "HEAD_SIZE": c.head_size, "ROTARY": c.rotary_dims, "MLP": c.mlp,
-            "VOCAB": c.vocab, "LAYERS": c.n_layer, "CONTEXT": c.context, "CLUSTER": cluster, "THREADS": threads,
-            "ROWS": rows, "ATTENTION_BYTES": attention_kib * 1024, "SHARED_BYTES": SHARED_BYTES[arch]}
+    return {"HIDDEN": c.hidden, "HEADS": c.n_head, "HEAD_SIZE": c.head_size, "ROTARY": c.rotary_dims,
+            "MLP": c.mlp, "VOCAB": c.vocab, "LAYERS": c.n_layer, "CONTEXT": c.context, "CLUSTER": cluster,
+            "THREADS": threads, "ROWS": rows, "ATTENTION_BYTES": attention_kib * 1024,
+            "SHARED_BYTES": SHARED_BYTES[arch], **(extra or {})}
 
 
 def flags(defines, arch):
@@ -81,8 +91,8 @@ def flags(defines, arch):
 def compile_only(defines, arch):
     """Compile without loading; returns ptxas's report (text). Needs nvcc, no GPU. Raises Refused."""
     with tempfile.TemporaryDirectory() as folder:
-        result = subprocess.run([nvcc(), *flags(defines, arch), "-cubin", "-o", f"{folder}/kernel.cubin", SOURCE],
-                                capture_output=True, text=True, check=False)
+        command = [nvcc(), *flags(defines, arch), "-cubin", "-o", f"{folder}/kernel.cubin", SOURCE]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise Refused(f"nvcc does not compile {SOURCE.name} for {arch}: {first_error(result.stderr)}")
     return result.stderr
@@ -99,18 +109,18 @@ def load(defines, arch):
         folder = Path(cpp_extension._get_build_directory(name, verbose=False))
         library = folder / f"{name}.so"
         with open(folder / "building", "w") as file:
-            # The operating system drops this lock when its holder dies, so it is never stale; torch's own lock file is
-            # not, and where it lies without this lock held, a killed build left it behind.
+            # The operating system drops this lock when its holder dies, so it is never stale. torch's own is
+            # a file that others wait for: here it can only be what a killed build has left behind.
             fcntl.flock(file, fcntl.LOCK_EX)
             (folder / "lock").unlink(missing_ok=True)
             if not library.exists():
                 with Progress(f"Compiling the kernel for {arch} (once, about {COMPILE_SECONDS} s)"):
-                    cpp_extension.load(name, [str(SOURCE)], extra_cuda_cflags=arguments, build_directory=str(folder),
-                                       is_python_module=False, verbose=False)
+                    cpp_extension.load(name, [str(SOURCE)], extra_cuda_cflags=arguments,
+                                       build_directory=str(folder), is_python_module=False, verbose=False)
         return ctypes.CDLL(str(library))
     except OSError as error:
-        raise Refused(f"the compile cache cannot be used ({error}): set TORCH_EXTENSIONS_DIR to a writable folder "
-                      "with some free space") from error
+        raise Refused(f"the compile cache cannot be used ({error}): set TORCH_EXTENSIONS_DIR to a writable "
+                      "folder with some free space") from error
     except RuntimeError as error:
         raise Refused(f"the kernel does not compile: {first_error(str(error))}") from error
 
@@ -121,17 +131,19 @@ def kernel_hash():
     return hashlib.sha256(code.encode()).hexdigest()
 
 
+@functools.cache
 def nvcc():
-    """The path of nvcc. Raises Refused where there is none, or where it is older than what torch was built with."""
+    """The path of nvcc. Raises Refused where there is none, or of another CUDA version than torch's."""
     from torch.utils.cpp_extension import CUDA_HOME
-    path = f"{CUDA_HOME}/bin/nvcc" if CUDA_HOME and os.path.exists(f"{CUDA_HOME}/bin/nvcc") else shutil.which("nvcc")
+    path = shutil.which("nvcc", path=f"{CUDA_HOME}/bin") if CUDA_HOME else shutil.which("nvcc")
     if not path:
         raise Refused("nvcc is not found: install the CUDA toolkit, or set CUDA_HOME to where it is")
     version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
     release = version.partition("release ")[2].partition(",")[0]
     wanted = torch.version.cuda
     if wanted and release.partition(".")[0] != wanted.partition(".")[0]:
-        raise Refused(f"nvcc is CUDA {release}, but torch was built with CUDA {wanted}: install the matching toolkit")
+        raise Refused(f"nvcc is CUDA {release}, but torch was built with CUDA {wanted}: install the matching "
+                      "toolkit")
     return path
 
 
@@ -164,11 +176,13 @@ class Progress:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SIZES, help="one shape (default: all ten)")
-    parser.add_argument("--arch", choices=SHARED_BYTES, help="GPU architecture (default: this machine's GPU)")
-    parser.add_argument("--cluster", type=int, help="thread blocks in a cluster: 1, 2, 4 or 8 (default: by shape)")
-    parser.add_argument("--compile-only", action="store_true", help="compile, report registers and spills, keep nothing")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", choices=SIZES, help="one shape (default: all ten)")
+    add("--arch", choices=SHARED_BYTES, help="GPU architecture (default: this machine's GPU)")
+    add("--cluster", type=int, help="thread blocks in a cluster: 1, 2, 4 or 8 (default: by shape)")
+    add("--compile-only", action="store_true", help="report registers and spills, keep nothing")
     args = parser.parse_args()
     try:
         arch = args.arch or device_arch("cuda")
@@ -182,7 +196,8 @@ def main():
             else:
                 load(defines, arch)
                 report = "ready"
-            print(f"{name}, {arch}, clusters of {defines['CLUSTER']}: {report} ({time.time() - started:.1f} s)", flush=True)
+            seconds = time.time() - started
+            print(f"{name}, {arch}, clusters of {defines['CLUSTER']}: {report} ({seconds:.1f} s)", flush=True)
     except Refused as refusal:
         sys.exit(fail(refusal))
 
@@ -194,8 +209,8 @@ def device_arch(device):
     major, minor = torch.cuda.get_device_capability(device)
     arch = f"sm_{major}{minor}a"
     if arch not in SHARED_BYTES:
-        raise Refused(f"this GPU has compute capability {major}.{minor}; the fused kernel needs clusters and bulk "
-                      f"copies, and is written for {', '.join(SHARED_BYTES)}: run without fused")
+        raise Refused(f"this GPU has compute capability {major}.{minor}; the fused kernel needs clusters and "
+                      f"bulk copies, and is written for {', '.join(SHARED_BYTES)}: run without fused")
     return arch
 
 

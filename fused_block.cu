@@ -1,164 +1,231 @@
 // fused_block.cu: one decode step of Pythia in one kernel launch.
 //
-// A launch runs a range of transformer blocks for one token: LayerNorm, QKV, RoPE, attention over the key/value cache,
-// output projection, second LayerNorm, MLP, residual. A range of one is the block that the tests look at; the whole
-// stack, with embedding, final LayerNorm, LM head and argmax around it, is what generate.py --fused runs. In PyTorch:
+// ----------------------------------------------------------------------------------------------------------
+// 0. What it does, what it costs, how to read it
 //
-//     x = embed_in[token]                                                    # [C]
+// A launch takes one token through a range of transformer blocks: through one in the tests, through all, with
+// embedding, LM head and argmax around them, in generate.py --fused. In PyTorch:
+//
+//     x = embed_in[token]                                                              #      [C]
 //     for block in blocks:
-//         xn1, xn2 = layer_norm(x, ln1_w, ln1_b), layer_norm(x, ln2_w, ln2_b)   # S1
-//         q, k, v = (w_qkv @ xn1 + b_qkv).view(NH, 3, HS).unbind(1)          # S2
-//         q, k = rope(q, position), rope(k, position)                        # S3
-//         cache_k[:, position], cache_v[:, position] = k, v                  # S4
-//         p = softmax(q . cache_k[:, :position + 1] / sqrt(HS))              # S5
-//         o = p @ cache_v[:, :position + 1]                                  # S5, S6   [NH, HS]
-//         h = gelu(w_up @ xn2 + b_up)                                        # S8       [F]
-//         x = x + o.flatten() @ w_out + b_out + h @ w_down + b_down          # S7, S8, S9
-//     logits = embed_out @ layer_norm(x, lnf_w, lnf_b);  token = logits.argmax()   # S10
+//         xn1, xn2 = layer_norm(x, ln1_w, ln1_b), layer_norm(x, ln2_w, ln2_b)          # S1   [C]
+//         q, k, v = (w_qkv @ xn1 + b_qkv).view(NH, 3, HS).unbind(1)                    # S2   [NH, HS]
+//         q, k = rope(q, position), rope(k, position)                                  # S3   [NH, HS]
+//         cache_k[:, position], cache_v[:, position] = k, v                            # S4   [NH, HS]
+//         p = softmax(einsum("hd,htd->ht", q, cache_k[:, :position + 1]) / sqrt(HS))   # S5   [NH, T]
+//         o = einsum("ht,htd->hd", p, cache_v[:, :position + 1])                       # S5-6 [NH, HS]
+//         h = gelu(w_up @ xn2 + b_up)                                                  # S8   [F]
+//         x = x + o.flatten() @ w_out + b_out + h @ w_down + b_down                    # S7-9 [C]
+//     logits = embed_out @ layer_norm(x, lnf_w, lnf_b)                                 # S10  [V]
+//     token = logits.argmax()                                                          # S10
 //
-// Symbols, with their sizes for pythia-2.8b: C hidden size 2560, NH heads 32, HS head size 80, F MLP width 10240,
-// V vocabulary 50304, L blocks 32, T cached tokens up to 2048, K thread blocks in a cluster 2.
+// Symbols, with their sizes for pythia-2.8b: C hidden size 2560, NH heads 32, HS head size 80, F MLP width
+// 10240, V vocabulary 50304, L layers 32, T tokens cached, 2048 at most; K thread blocks in a cluster, 2.
+// From here on a transformer block is a layer, and a block is CUDA's: a group of threads.
 //
-// Why it is fast: at batch 1 every weight is used once a token, so the floor is bytes / bandwidth. A block of 2.8b is
-// (4*C*C + 2*C*F) * 2 bytes = 157 MB, 34.3 us at the 4.58 TB/s that an H200 can read. Everything below serves one aim:
-// the memory never waits for the arithmetic, and the arithmetic is never twice in the same place.
+// The words of CUDA. A kernel is a function that every thread of a grid executes.
+//   block        threads on one multiprocessor, of which an H200 has 132; here 320 workers and a warp of 32
+//   cluster      blocks that can write into one another's shared memory
+//   warp, lane   32 threads that run in step; a lane is a thread's place among them; a shuffle lets the lanes
+//                of a warp read one another's registers
+//   memory       registers: a thread's own; shared: a block's, 227 KiB; global: the GPU's, behind an L2 cache
+//   sync         a point that some threads may pass only when others have reached theirs
+//   mbarrier     a word in shared memory that counts arrivals and bytes, and on which threads wait
 //
-// How to read: chapter 1 is the picture, 2 the syncs, 3 and 4 the sizes and places. Then jump to chapter 8, the kernel,
-// some 60 lines that name every stage, and read the stages (7) as you meet them. Chapter 5 can be taken on trust.
+// The budget. At batch 1 every weight is used once a token, so a layer takes as long as its bytes at least:
 //
-// References: ClusterFusion (arXiv 2508.18850) and ClusterFusion++ (arXiv 2604.23553) for fusing a block with cluster
-// collectives; Pythia (arXiv 2304.01373); RoPE (arXiv 2104.09864); online softmax (arXiv 1805.02867) and its merge of
-// partial results (FlashAttention, arXiv 2205.14135); the CUDA programming guide on clusters; PTX ISA 8.x for chapter 5.
+//     (4*C*C + 2*C*F) weights * 2 bytes           157.3 MB / 4.58 TB/s =   34.3 us a layer
+//     L layers, and V*C*2 bytes of the LM head    5.291 GB / 4.58 TB/s = 1155   us a token
+//     keys and values of T tokens: 4*C*T bytes     1.31 MB / 4.58 TB/s =    0.3 us a layer at T = 128
+//
+// 4.58 TB/s is what a kernel that only reads gets out of an H200 (the probe in bench.py measures it); an even
+// share of it is 4.58 TB/s / 132 = 34.7 KB a us for each block. A token at T = 128 takes about 1270 us, of
+// which this floor is 1165 us. All that follows serves one aim: the memory never waits for the arithmetic.
+//
+// How to read. Chapter 1 is the picture, 2 the syncs, 3 and 4 the sizes and places. Then chapter 8, the
+// kernel, names every stage in order and says where the time goes; read the stages in chapter 7 as you meet
+// them. Chapter 5, the instructions, can be taken on trust. emulator.py has the same dataflow in Python.
+//
+// References: ClusterFusion (arXiv 2508.18850) and ClusterFusion++ (arXiv 2604.23553) for fusing a layer with
+// cluster collectives; Pythia (arXiv 2304.01373); RoPE (arXiv 2104.09864); online softmax (arXiv 1805.02867)
+// and the merge of its partial results (FlashAttention, arXiv 2205.14135); Chan, Golub and LeVeque (1979) for
+// merging variances; the CUDA programming guide on clusters; the PTX ISA for chapter 5.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <cstring>
 
-// ------------------------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------------------------------
 // 1. The picture
-// ------------------------------------------------------------------------------------------------------------------
 //
 // Every matrix is stored as rows of C, so the whole model is two inner loops: dot(row, x) and y += a * row.
 //
-//           S1 LN1 --> S2 q,k,v rows --(1)--> S3 rope --> S5 attend --(2)--> S6 merge --> S7 out rows --.
-//         /                                     \--> S4 append k, v                                      \
-//  x[C] -+                                                                                                S9 --(3)--(4)--> x[C]
-//         \                                                                                              /
-//           S1 LN2 --> S8 hidden unit j: dot(up row j), GELU, y += h_j * down row j ---------------------'
+//         .-> LN1 -> S2 q,k,v rows -(1)-> S3 rope -> S5 attend -(2)-> S6 merge -> S7 out rows -.
+//         |                                  '----> S4 append k, v                              |
+//  x -> S0,S1                                                                                   S9 (3)(4)-> x
+//         |                                                                                     |
+//         '-> LN2 -> S8 hidden unit j: h_j = gelu(up row j . xn2 + b_j), y += h_j * down row j -'
 //
-//  (1) (2) (3) are cluster syncs, (4) is the grid barrier, the only one in a block.
+// (1) (2) (3) are syncs of a cluster; (4) is the grid's, the only one in a layer. The MLP needs none of its
+// own: a hidden unit is one row in, one row out, and whoever computes h_j adds all that it gives to y.
 //
-// Who owns what:
+// Who owns what, in numbers of 2.8b at T = 128:
 //
-//  grid      one thread block on every multiprocessor, for the whole launch; x is in global memory, x[C]
-//  cluster   K blocks that can write into each other's shared memory: a team for one head; head h belongs to cluster
-//            h mod (number of clusters). Clusters without a head take more hidden units instead.
-//  rank      a block of the cluster: 1/K of the head's q, k, v rows, 1/K of its cached tokens, 1/K of its output rows,
-//            a range of hidden units (its own, no other block's), and C/K columns of the cluster's sum
-//  team      C/8 threads (C/16 where C >= 4096) that hold one row of C between them; small models have several teams,
-//            each with rows of its own
-//  thread    the same 8 columns (16 bytes of fp16) of every row, of x and of y, from the first block to the last
+//   grid         66 clusters, one block on every multiprocessor for the whole launch; x is in global memory
 //
-//      row of C:   | thread 0 | thread 1 | thread 2 | ...                        | thread C/8-1 |
-//      dot         each thread multiplies its 8 columns; the team adds up        (one team sync a tile)
-//      axpy        each thread adds to its own 8 columns of y, in registers      (no sync at all)
+//                cluster 0         cluster 1                 cluster 31        clusters 32..65
+//                +------+------+   +------+------+           +------+------+   +------+------+
+//                | rank | rank |   | rank | rank |    ...    | rank | rank |   | rank | rank |   ...
+//                |  0   |  1   |   |  0   |  1   |           |  0   |  1   |   |  0   |  1   |
+//                +------+------+   +------+------+           +------+------+   +------+------+
+//   heads             0                 1                         31               none
+//   hidden units   28     28         28     28                 29     28        124    124
 //
-//  producer  one more warp, of which one lane does nothing but start copies: weights do not depend on activations, so it
-//            runs ahead of the arithmetic, across stages and blocks, as far as the ring in shared memory has room.
+//   cluster      K blocks that share the work of a head; head h belongs to cluster h mod (number of clusters)
+//   rank         a block in its cluster: 120 of a head's 3*HS rows of q, k, v; 64 of its cached tokens; 40 of
+//                its HS output rows; hidden units of its own; 1280 of the C columns of the cluster's sum
+//   team         320 threads, C/8 (C/16 where C >= 4096), that hold one row between them; where C is small, a
+//                block has several teams, each with other rows
+//   warp         a tenth of a row: adds up its lanes' products by shuffles, frees what it has read
+//   thread       the same 8 columns, 16 bytes, of every row, of x and of y, from the first layer to the last:
 //
-// ------------------------------------------------------------------------------------------------------------------
+//                row of C   | 0..7     | 8..15    | 16..23   | ...                      | 2552..2559 |
+//                           | thread 0 | thread 1 | thread 2 | ...                      | thread 319 |
+//                dot        each multiplies its 8 columns by its 8 of x; the team adds up, one sync a tile
+//                axpy       each adds a times its 8 columns to its 8 of y, in registers; no sync at all
+//
+//   producer     one lane of one more warp. It does nothing but start copies: weights do not depend on
+//                activations, so it runs ahead of stages and layers, as far as the ring of buffers has room.
+//
+// Tile and stage. A tile is what one dot_tile finishes, 8 rows of 2.8b: their sums are reduced together, so
+// that the latency of shuffles and of sync (c) is paid once for 8 rows. It comes in PARTS = 2 stages of the
+// ring, filled and freed one by one, so that the first is on its way again while the second is being read.
+//
+// ----------------------------------------------------------------------------------------------------------
 // 2. The syncs. The ids stand at every sync in the code.
-// ------------------------------------------------------------------------------------------------------------------
 //
-//  id   scope     publishes                        to                          without it
-//  (0)  cluster   barriers exist                   peers that will push        a push lands on garbage
-//  (1)  cluster   q, k, v of a head                every rank of the cluster   attention with a stale q, k or v
-//  (2)  cluster   m, l, o of a rank's tokens       the rank that owns that     some ranks' tokens are forgotten
-//                                                  slice of o
-//  (3)  cluster   a rank's partial sums of y       the rank that owns those    x lacks a block's contribution
-//                                                  columns
-//  (4)  grid      x of the next block              everybody                   LayerNorm of an unfinished x
-//  (F)  block     a stage of the ring is full      workers                     arithmetic on bytes still on their way
-//  (E)  block     a stage of the ring is empty     producer                    bytes overwritten while being read
-//  (a)  block     x, read once, shared             teams                       some columns are the previous block's
-//  (b)  team      statistics of LayerNorm          its threads                 each warp has its own mean
-//  (c)  team      warps' parts of dot products     its threads                 dot products lack warps
-//  (d)  block     rotated q, rounded k and v       all warps                   attention with half-rotated q
-//  (e)  block     warps' m, l, o                   one thread a dimension      a merge of the last head's leftovers
-//  (f)  block     nothing: all have read (d), (e)  the next head's writers     the next head overwrites them
-//  (g)  block     all sums are on their way        the thread that arrives     (4) counts a block that is not done
-//  (h)  block     (4) has been passed              all threads                 the others run ahead of (4)
+//  id   scope    publishes                         to                         without it
+//  (0)  cluster  barriers, plan, RoPE's angles     peers and all threads      a push into a block not there
+//  (1)  cluster  q, k, v of a head                 every rank                 attention with stale q, k or v
+//  (2)  cluster  m, l, o of a rank's tokens        the owners of parts of o   a rank's tokens are forgotten
+//  (3)  cluster  partial sums of y                 the owners of columns      x lacks a peer's contribution
+//  (4)  grid     x of the next layer; zeros        everybody                  LayerNorm of an unfinished x
+//  (F)  block    a stage of the ring is full       workers                    arithmetic on bytes not here
+//  (E)  block    a stage of the ring is empty      producer                   bytes overwritten while in use
+//  (a)  block    x, read once                      all teams                  columns of the layer before
+//  (b)  team     LayerNorm's parts, of warps       its threads                a mean from stale parts
+//  (c)  team     dot products' parts, of warps     its threads                dot products from stale parts
+//  (d)  block    rotated q, rounded k and v        all warps                  attention with half-rotated q
+//  (e)  block    warps' m, l, o; that S3 has read  one thread a dimension     a merge with the head before
+//  (f)  block    that S6 has read (2)'s inbox      pushes of the next head    refilled under a slow warp
+//  (g)  block    that all it has to add is sent    the thread that arrives    (4) counts a block not yet done
+//  (h)  block    that (4) has been passed          all threads                the others run ahead of (4)
 //
-// (1), (2), (3), (F) are mbarriers that count bytes: whoever waits is released by the data itself. Buffers filled
-// through (1), (2), (3) are safe to reuse without another sync, because between two fills of one buffer every peer
-// passes a later sync that its reader has contributed to: (1) of a head follows its readers' part in (2) of the last
-// head, (2) follows (1), and (3) follows (4).
+// The end of a launch is a sync too: x, the cache's new rows and State reach the next launch through it.
+//
+// (1) (2) (3) (F) are mbarriers that count bytes: the data itself releases whoever waits.
+//
+// Nobody says that an inbox of (1), (2) or (3) is free again, as (E) does for the ring, because the later
+// syncs say so. Follow a peer from one push into an inbox to its next push into the same: in between it waits
+// for what the inbox's owner sends only after all of its threads have read. (At each of (1), (2), (3) every
+// rank sends to every rank, so whoever has passed one has heard from all.)
+//
+//     inbox of        is read   so after    the owner sends            without which a peer cannot pass
+//     (1) q, k, v     in S3     (e)         m, l, o of this head       (2), before it pushes the next q, k, v
+//     (2) m, l, o     in S6     (f) or (g)  q, k, v of the next head   (1), before it pushes the next m, l, o
+//     (3) sums of y   in S9     (g)         its arrival                (4), before it pushes the next sums
+//
+// (After the last head of a layer (g) and (4) stand where (f) stands between heads.) It follows as well that
+// no barrier completes a phase before all threads of its block have seen the one before, so that one bit, the
+// parity, tells a waiting thread which phase it is in.
+//
+// A block may leave while its own pushes fly: they come from registers. None leaves while pushes fly towards
+// it: it waits for every byte of (1), (2) and (3).
 
-// ------------------------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------------------------------
 // 3. Configuration: build.py gives the shape and five choices as -D constants, the rest follows
-// ------------------------------------------------------------------------------------------------------------------
+//
+// The choices are CLUSTER, THREADS, ROWS, SHARED_BYTES and ATTENTION_BYTES (of make_plan, chapter 7). Values
+// for 2.8b are in brackets.
 
-constexpr int C = HIDDEN, NH = HEADS, HS = HEAD_SIZE, ROT = ROTARY, F = MLP, V = VOCAB, L = LAYERS, CTX = CONTEXT;
+constexpr int C = HIDDEN, NH = HEADS, HS = HEAD_SIZE, ROT = ROTARY;
+constexpr int F = MLP, V = VOCAB, L = LAYERS, CTX = CONTEXT;
 constexpr int K = CLUSTER;
 constexpr int R = ROWS;
 constexpr float LN_EPS = 1e-5f;
 #ifndef MUTANT
-#define MUTANT 0  // tests build the kernel with one thing broken (see test_block.py) and must notice
+#define MUTANT 0  // chapter 4 lists them
 #endif
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-constexpr int PIECES = C < 4096 ? 1 : 2;              // 16-byte pieces of a row that one thread owns
-constexpr int COLS = 8 * PIECES;                      // columns that one thread owns
-constexpr int TEAM = C / COLS;                        // threads that hold one row
-constexpr int TEAMS = ceil_div(THREADS, TEAM);        // teams in a block
-constexpr int WORKERS = TEAM * TEAMS;                 // threads that compute; the producer's warp comes on top
-constexpr int WARPS = WORKERS / 32;
-constexpr int LANES = TEAM < 32 ? TEAM : 32;          // lanes of a warp that belong to the same team
-constexpr int TEAM_WARPS = TEAM / LANES;              // warps of a team (1 where a team is half a warp)
-constexpr int TILE_ROWS = R * TEAMS;                  // rows in a tile: R for each team
-constexpr int TILE_BYTES = TILE_ROWS * C * 2;
-constexpr int BIAS_HALFS = ceil_div(TILE_ROWS, 8) * 8 + 8;  // a tile's biases, copied from the aligned 8 before
-constexpr int QKV_ROWS = 3 * HS / K;                  // a rank's share of the rows of one head's q, k, v
-constexpr int OUT_ROWS = HS / K;                      // and of its output rows: the slice of o it owns
-constexpr int OWN = C / K;                            // columns of x that a rank sums for its cluster
-constexpr int KV_TOKENS = TILE_BYTES / (4 * HS);      // cached tokens in a tile: their k in one half, v in the other
-constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // lanes that share a cached token
-constexpr int WARP_TOKENS = 32 / TOKEN_LANES;         // tokens that a warp works on at once
-constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS) + 8192;            // shared memory beside the ring
-constexpr int STAGES_THAT_FIT = (SHARED_BYTES - FIXED_BYTES) / (TILE_BYTES + 2 * BIAS_HALFS + 16);
-constexpr int STAGES = STAGES_THAT_FIT < 32 ? STAGES_THAT_FIT : 32;             // tiles in the ring
+// Threads. A row is dealt out in pieces of 16 bytes, the most that one load from shared memory brings.
+constexpr int PIECES = C < 4096 ? 1 : 2;        // pieces of a row that one thread owns [1]
+constexpr int COLS = 8 * PIECES;                // columns that one thread owns [8]
+constexpr int TEAM = C / COLS;                  // threads that hold one row [320]
+constexpr int TEAMS = ceil_div(THREADS, TEAM);  // teams in a block [1]
+constexpr int WORKERS = TEAM * TEAMS;           // threads that compute [320]; the producer's warp is extra
+constexpr int WARPS = WORKERS / 32;             // of workers [10]
+constexpr int LANES = TEAM < 32 ? TEAM : 32;    // lanes of a warp that belong to the same team [32]
+constexpr int TEAM_WARPS = TEAM / LANES;        // warps of a team [10]; 1 where a team is half a warp
 
-static_assert(C % 128 == 0, "a row is dealt out in 16-byte pieces to whole half-warps: C must be a multiple of 128");
+// Tiles and stages.
+constexpr int TILE_ROWS = R * TEAMS;            // rows in a tile, R for each team [8]
+constexpr int PARTS = 2;                        // stages that a tile comes in
+constexpr int STAGE_ROWS = TILE_ROWS / PARTS;   // [4]
+constexpr int STAGE_BYTES = STAGE_ROWS * C * 2; // [20480]
+constexpr int BIAS_HALFS = ceil_div(TILE_ROWS, 8) * 8 + 8;  // a tile's biases, from a multiple of 8 on [16]
+
+// A rank's share.
+constexpr int QKV_ROWS = 3 * HS / K;            // of the rows of one head's q, k, v [120]
+constexpr int OUT_ROWS = HS / K;                // of its output rows, and as many dimensions of o [40]
+constexpr int OWN = C / K;                      // columns that a rank sums for its cluster [1280]
+
+// Cached tokens. A token's k is spread over lanes, 8 dimensions each; a warp works on several tokens at once.
+constexpr int KV_TOKENS = STAGE_BYTES / (4 * HS);  // tokens in a stage: k in one half, v in the other [64]
+constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // lanes for a token [16]
+constexpr int WARP_TOKENS = 32 / TOKEN_LANES;      // [2]
+
+// The ring gets what shared memory has left: these are the bytes of Shared beside it, rounded up.
+constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS + 25 * HS / 4 + (2 * R + 6) * WARPS) + 384;
+constexpr int STAGES_THAT_FIT = (SHARED_BYTES - FIXED_BYTES) / (STAGE_BYTES + 2 * BIAS_HALFS + 16);
+constexpr int STAGES = STAGES_THAT_FIT < 32 ? STAGES_THAT_FIT : 32;  // [10]: 205 KB, 5.9 us of an even share
+
+static_assert(C % 128 == 0, "a row is dealt out to half-warps, 16 bytes a lane: C must be a multiple of 128");
 static_assert(NH * HS == C, "the heads together are as wide as the residual stream");
-static_assert(WORKERS % 32 == 0 && WORKERS + 32 <= 1024, "workers are whole warps, and a block has 1024 threads at most");
-static_assert((R & (R - 1)) == 0 && R <= LANES, "reduce_rows folds a power of two of rows over a team's lanes");
-static_assert(HS % (2 * K) == 0 && HS % 8 == 0, "ranks share a head's rows evenly, lanes its dimensions by 8");
+static_assert(WORKERS % 32 == 0 && WORKERS + 32 <= 1024,
+              "workers are whole warps, and a block has 1024 threads at most");
+static_assert(TEAM % 32 == 0 || 32 % TEAM == 0,
+              "a team is whole warps, or a warp whole teams: C / 8 (C / 16 from 4096 on) must divide so");
+static_assert(TEAM_WARPS == 1 || TEAMS <= 14, "a team of several warps has a named barrier; a block has 16");
+static_assert((R & (R - 1)) == 0 && R <= LANES && R % PARTS == 0,
+        "reduce_rows folds a power of two of rows over a team's lanes, and a tile comes in equal parts");
+static_assert(HS % (2 * K) == 0 && HS % 8 == 0,
+              "ranks share a head's rows evenly, lanes its dimensions by 8");
 static_assert(OWN % 8 == 0, "a rank owns whole pieces of a row");
 static_assert(HS <= WORKERS, "one thread for each dimension of a head merges the warps' attention");
-static_assert(STAGES >= 3, "three tiles: one being read, two on their way; take fewer ROWS");
+static_assert(STAGES >= 2 * PARTS, "two tiles: one being read, one on its way; take fewer ROWS");
 
-// ------------------------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------------------------------
 // 4. Memory map
-// ------------------------------------------------------------------------------------------------------------------
 
-typedef float Columns[COLS];  // what a thread owns of x, y, LN(x): columns 8*i.. of every piece; in registers, fp32
+typedef float Columns[COLS];  // registers: a thread's columns of x, y or LN(x), fp32
 
-struct Layer {  // one block's weights: fp16, read only; the matrices are rows of C (see model.py)
-  const half *ln1_w, *ln1_b, *ln2_w, *ln2_b;      // [C]
-  const half *w_qkv, *b_qkv;                      // [NH][3][HS] rows, and as many biases
-  const half *w_out, *b_out;                      // [NH][HS] rows, [C]
-  const half *w_up, *b_up;                        // [F] rows, [F]
-  const half *w_down, *b_down;                    // [F] rows, [C]
+struct Layer {  // weights, fp16, read only; the matrices are rows of C (see model.py)
+  const half *ln1_w, *ln1_b, *ln2_w, *ln2_b;  // [C]
+  const half *w_qkv, *b_qkv;                  // [NH][3][HS] rows, and as many biases
+  const half *w_out, *b_out;                  // [NH][HS] rows, [C]
+  const half *w_up, *b_up;                    // [F] rows, [F]
+  const half *w_down, *b_down;                // [F] rows, [C]
 };
 
-struct State {  // global memory, kept between launches; written by the last block to finish (and by the host)
-  int token;                // read by the next launch; the argmax of this one
+struct State {  // global memory, kept between launches; written by the last block to finish, and by the host
+  int token;                // read by the next launch; the argmax of this one, or -1 if it is not finite
   int position;             // tokens in the cache
   unsigned rotation;        // which of the three residual buffers holds x
   unsigned arrivals;        // what `counter` has reached when no launch runs
-  unsigned counter;         // (4): one arrival a block and barrier, never reset
+  unsigned counter;         // (4): one arrival a block and layer, never reset
   unsigned finished;        // blocks that are done with this launch
   unsigned long long best;  // largest logit so far, with its token; see S10
 };
@@ -169,17 +236,28 @@ struct Model {  // the kernel's one parameter: pointers only, the same for every
   Layer layers[L];
   const half *embed_in, *lnf_w, *lnf_b, *embed_out;  // [V] rows, [C], [C], [V] rows
   const float *rope_cos, *rope_sin;                  // [CTX][ROT/2]
-  half* cache;                                       // [L][2][NH][CTX][HS] keys and values; one row a launch is written
-  long long* residual;                               // [3][C] fixed point: x now, x next (sums arrive), next but one (zero)
-  float* logits;                                     // [V]
-  int* history;                                      // [CTX] the token chosen at each position
+  half* cache;                   // [L][2][NH][CTX][HS] keys and values; a launch writes one row of each
+  long long* residual;           // [3][C] fixed point (chapter 6); the three roles are below
+  float* logits;                 // [V]
+  int* history;                  // [CTX] the token chosen at each position
   State* state;
   Failure* failure;
-  float* taps;                                       // -DTAPS: what the stages compute, for the tests
-  unsigned long long* timeline;                      // -DTIMELINE: when they do, ns
+  float* taps;                   // -DTAPS
+  unsigned long long* timeline;  // -DTIMELINE
 };
 
-// Who does what in this launch; depends on block, grid and position alone, so every run divides the work alike.
+// The residual buffers swap roles from layer to layer, so that (4), once a layer, is all the order they need:
+//
+//     layer l       0: x, read              1: next x, sums arrive   2: cleared
+//     layer l + 1   0: cleared              1: x, read               2: next x, sums arrive
+//     layer l + 2   0: next x, sums arrive  1: cleared               2: x, read
+//
+// Read, then cleared: a block clears buffer 0 in layer l + 1, so it has passed the (4) that ends layer l, at
+// which all blocks arrived with buffer 0 read. Cleared, then added to: sums for buffer 0 come from blocks
+// that have passed the (4) that ends layer l + 1, at which the clearing block arrived after it cleared. Added
+// to, then read: the (4) that ends layer l + 2. Between launches, the end of the launch stands for (4).
+
+// Who does what in this launch. Depends on block, grid and position alone: every run divides work alike.
 struct Plan {
   int rank, cluster, clusters;
   int first_unit, last_unit;    // hidden units of this block, in every layer
@@ -188,29 +266,45 @@ struct Plan {
   int first_row, last_row;      // LM-head rows of this block
 };
 
-struct alignas(128) Shared {                         // one block's shared memory; bytes for 2.8b
-  half ring[STAGES][TILE_ROWS * C];                  // 10 x 20480  tiles of weights, or of k and v; producer -> workers
-  alignas(16) half bias[STAGES][BIAS_HALFS];         // 10 x 32     the tiles' biases, where rows have one
-  alignas(16) float sums[K * TEAMS][OWN];            // 10240       (3) inbox: one row from each team of the cluster
-  alignas(16) float x[C];                            // 10240       (a) x, between its reading and S1
-  float qkv[3 * HS];                                 // 960         (1) inbox: q, k, v of a head
-  float slice_o[K][OUT_ROWS], slice_ml[K][2];        // 336         (2) inbox: o, m, l of each rank's tokens
-  alignas(16) float q[HS];                           // 320         (d) rotated q, times the softmax scale
-  alignas(16) half k_new[HS], v_new[HS];             // 320         (d) the new token's k and v, as the cache holds them
-  float part_o[WARPS][HS], part_m[WARPS], part_l[WARPS];  // 3280   (e) attention over one warp's tokens
-  float dots[2][TEAMS][R][TEAM_WARPS];               // 320         (c) two, so that tile i+1 can be written while i is read
-  float stats[2][TEAMS][TEAM_WARPS][2];              // 160         (b) mean and squares of one warp's columns
-  float rope_cos[ROT / 2], rope_sin[ROT / 2];        // 80          of this position, for the whole launch
-  Plan plan;                                         // 48          this block's share
-  unsigned rotation, arrivals;                       // 8           of State, as they were when the launch started
-  int layer;                                         // 4           where we are, for the report of a failure
-  uint64_t full[STAGES], empty[STAGES];              // 160         (F), (E)
-  uint64_t qkv_ready, slice_ready, sums_ready;       // 24          (1), (2), (3)
+// One block's shared memory: 211456 bytes of 2.8b. An inbox is written by peers and by the block itself, and
+// is free again when chapter 2 says so. What the copy engine or push4 writes, and what is read 16 bytes at a
+// time, is aligned to 16 bytes.
+struct alignas(128) Shared {                        // bytes      what; writer -> reader; until
+  half ring[STAGES][STAGE_ROWS * C];                // 10 x 20480 rows, or k and v; producer -> workers; (E)
+  alignas(16) half bias[STAGES][BIAS_HALFS];        // 10 x 32    of a tile, in the place of its first stage
+  alignas(16) float sums[K * TEAMS][OWN];           // 10240      (3) inbox, from all teams; S9 -> S9; (g)
+  alignas(16) float x[C];                           // 10240      (a) S0 -> S1; next layer
+  float qkv[3 * HS];                                // 960        (1) inbox; S2 -> S3; (e)
+  float slice_o[K][OUT_ROWS], slice_ml[K][2];       // 336        (2) inbox, by rank; S5 -> S6; (f)
+  alignas(16) float q[HS];                          // 320        (d) times the softmax scale; S3 -> S5; (e)
+  alignas(16) half k_new[HS], v_new[HS];            // 320        (d) as the cache has them; S3 -> S5; (e)
+  float part_o[WARPS][HS], part_m[WARPS],
+      part_l[WARPS];                                // 3280       (e) of a warp's tokens; S5 -> S5; next (d)
+  float dots[2][TEAMS][R][TEAM_WARPS];              // 640        (c) two in turn, see dot_tile
+  float stats[2][TEAMS][TEAM_WARPS][2];             // 160        (b) mean, squares; S1 -> S1; next layer
+  float rope_cos[ROT / 2], rope_sin[ROT / 2];       // 80         (0) of this position; the whole launch
+  Plan plan;                                        // 40         (0) this block's; the whole launch
+  unsigned rotation, arrivals;                      // 8          (0) of State, as the launch found them
+  int layer;                                        // 4          for the report of a failure
+  uint64_t full[STAGES], empty[STAGES];             // 160        (F), (E)
+  uint64_t qkv_ready, slice_ready, sums_ready;      // 24         (1), (2), (3)
 };
-static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little shared memory: FIXED_BYTES is wrong");
+static_assert(sizeof(Shared) <= SHARED_BYTES,
+              "the ring leaves too little shared memory: FIXED_BYTES is wrong");
 
 enum SyncId { SYNC_QKV = 1, SYNC_SLICE, SYNC_SUMS, SYNC_GRID, SYNC_FULL, SYNC_EMPTY };  // in Failure::sync
 
+// For tests and measurements, all at compile time, so that the product pays nothing:
+//
+//   -DTAPS       stages write what they compute to Model::taps; y keeps its bits
+//   -DTIMELINE   thread 0 of every block writes the time, in ns, at each MARK of a layer
+//   -DMUTANT=k   one thing is broken, and test_block.py must notice:
+//                  1 S6 leaves the last rank's tokens out of o     6 S8 approximates GELU by tanh
+//                  2 S8 takes LN1(x) for LN2(x)                    7 S2 and S8 leave the biases out
+//                  3 S3 turns q and k the wrong way                8 (4) is not waited for
+//                  4 S9 leaves out a team's part of y              9 (1) is not waited for
+//                  5 S5 misses the last tokens, short of a stage  10 (2) is not waited for
+//                 11 block 0 never arrives at (4): the launch must give up, and say so
 #ifdef TAPS  // offsets into Model::taps
 enum { TAP_XN1 = 0, TAP_XN2 = TAP_XN1 + C, TAP_Q = TAP_XN2 + C, TAP_K = TAP_Q + C, TAP_V = TAP_K + C,
        TAP_O = TAP_V + C, TAP_H = TAP_O + C };
@@ -219,7 +313,8 @@ enum { TAP_XN1 = 0, TAP_XN2 = TAP_XN1 + C, TAP_Q = TAP_XN2 + C, TAP_K = TAP_Q + 
 #define TAP(where, value) ((void)0)
 #endif
 
-enum Mark { MARK_START, MARK_NORM, MARK_QKV, MARK_1, MARK_ATTEND, MARK_2, MARK_OUT, MARK_UNITS, MARK_3, MARK_ADDED, MARKS };
+enum Mark { MARK_START, MARK_NORM, MARK_QKV, MARK_1, MARK_ATTEND, MARK_2, MARK_OUT, MARK_UNITS, MARK_3,
+            MARK_ADDED, MARKS };
 #ifdef TIMELINE  // [blocks][L + 1][MARKS]
 #define MARK(event) do { if (threadIdx.x == 0) \
     m.timeline[((size_t)blockIdx.x * (L + 1) + layer) * MARKS + (event)] = global_ns(); } while (0)
@@ -227,93 +322,102 @@ enum Mark { MARK_START, MARK_NORM, MARK_QKV, MARK_1, MARK_ATTEND, MARK_2, MARK_O
 #define MARK(event) ((void)0)
 #endif
 
-// ------------------------------------------------------------------------------------------------------------------
-// 5. Toolbox: one function for each PTX instruction that CUDA C++ has no word for. No asm after this chapter.
-// ------------------------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------------------------------
+// 5. Toolbox: a function for each PTX instruction that CUDA C++ has no word for. No asm after this chapter.
+//
+// "memory" forbids the compiler to move other reads and writes across the instruction: without it, data could
+// be read before the wait for it. `volatile` forbids it to drop or merge instructions.
 
-// Shared-memory addresses as the instructions below want them: 32 bits, in this block's window.
+// Shared-memory addresses as the instructions below want them: 32 bits, in this block's window, not 64.
 __device__ uint32_t smem(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
-__device__ int cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-// threadIdx.x once more: addresses computed from it are computed where they stand, and not kept in registers from block
-// to block, of which the two largest shapes have none to spare.
+// threadIdx.x once more. Addresses made from it are made where they stand; from threadIdx.x itself the
+// compiler keeps them in registers from layer to layer, and the two largest shapes spill registers to memory.
 __device__ int thread_again() {
-  int t;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
-  return t;
+  int t; asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t)); return t;
 }
 
-// The same place in the shared memory of another rank of the cluster (or of our own).
+// The same place in the shared memory of a rank of the cluster; a plain pointer always means our own.
 __device__ uint32_t peer(const void* place, int rank) {
   uint32_t address;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem(place)), "r"(rank));
   return address;
 }
 
-// Push: a store into a peer's shared memory that also counts its bytes on the peer's barrier, so that the data
-// announces itself. A pull would cost a round trip; a plain store would need a barrier of all threads after it.
+// Push: a store into a peer's shared memory that also counts its bytes on a barrier there, so that the data
+// announces itself. A load from the peer would cost a round trip; after a plain store, all threads of both
+// blocks would have to meet before anybody may read.
 __device__ void push(uint32_t to, float v, uint32_t barrier) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
                :: "r"(to), "r"(__float_as_uint(v)), "r"(barrier) : "memory");
 }
 __device__ void push4(uint32_t to, const float* v, uint32_t barrier) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
-               :: "r"(to), "r"(__float_as_uint(v[0])), "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])),
-                  "r"(__float_as_uint(v[3])), "r"(barrier) : "memory");
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+      :: "r"(to), "r"(__float_as_uint(v[0])), "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])),
+         "r"(__float_as_uint(v[3])), "r"(barrier) : "memory");
 }
 
-// An mbarrier's phase completes when all its arrivals have come and all expected bytes have landed; it then starts the
-// next phase by itself. Waiting is for the parity (0, 1, 0, ...) of a phase.
+// A phase of an mbarrier completes when all its arrivals have come and all expected bytes have landed; the
+// next phase starts by itself. A wait names the parity (0, 1, 0, ...) of the phase it is for. Bytes may land
+// before they are expected: the phase stays open until the arrival that expects them.
 __device__ void barrier_init(uint64_t* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(smem(b)), "r"(arrivals) : "memory");
 }
 __device__ void barrier_arrive(uint64_t* b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(smem(b)) : "memory");
 }
-__device__ void barrier_expect(uint64_t* b, uint32_t bytes) {  // arrives, and expects bytes on top
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(smem(b)), "r"(bytes) : "memory");
+// Arrives, and expects bytes on top. An arrival alone would complete the phase before the bytes are here.
+__device__ void barrier_expect(uint64_t* b, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               :: "r"(smem(b)), "r"(bytes) : "memory");
 }
-__device__ bool barrier_passed(uint64_t* b, uint32_t parity) {  // acquires at cluster scope: peers' pushes are visible
+// Whether the phase is complete; sleeps a while if not. Acquires at cluster scope: what peers pushed, and did
+// before, is visible to the thread that asked, and to that thread only, so every reader asks for itself.
+__device__ bool barrier_passed(uint64_t* b, uint32_t parity) {
   uint32_t passed;
   asm volatile("{\n.reg .pred p;\n"
                "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
                "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(smem(b)), "r"(parity) : "memory");
   return passed;
 }
-__device__ void barriers_exist() {  // before a peer or the copy engine may use the barriers initialised so far
+// Peers and the copy engine see the barriers initialised so far; without it they may count on garbage.
+__device__ void barriers_exist() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-__device__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+__device__ void cluster_sync() {  // all threads of all blocks of the cluster meet
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Bulk asynchronous copy, global to shared: one thread starts it, the copy engine (TMA) does it, `full` counts its bytes.
-// Both addresses and the size are multiples of 16. The policy tells L2 that nobody will read these bytes again soon.
+// Bulk asynchronous copy, global to shared: one thread starts it, the copy engine (TMA) does it, and `full`
+// counts its bytes. Both addresses and the size are multiples of 16. Loads by the workers would need
+// registers for all that is on its way: 205 KB of 2.8b. The policy lets L2 evict these bytes first; nobody
+// reads them again before the next token, and they would drive out x, which everybody reads.
 __device__ uint64_t read_once_policy() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 __device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint64_t policy) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-               :: "r"(smem(to)), "l"(from), "r"(bytes), "r"(smem(full)), "l"(policy) : "memory");
+  asm volatile(
+  "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+      :: "r"(smem(to)), "l"(from), "r"(bytes), "r"(smem(full)), "l"(policy) : "memory");
 }
 
-// Global memory that other blocks write during the launch. Relaxed: no order with anything else, but never a stale L1.
+// Global memory that other blocks write during the launch. Relaxed: no order with anything else, that is
+// (4)'s part; but read in L2, where additions are made. A plain load may find an earlier layer's x in L1.
 __device__ longlong2 load_relaxed(const long long* p) {
   longlong2 v;
   asm volatile("ld.relaxed.gpu.global.v2.s64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p));
   return v;
 }
-__device__ void add_relaxed(long long* p, long long v) {  // no result comes back, so nobody waits for it
+// An addition of which no result comes back: nobody waits for it, as an atomicAdd's caller may have to.
+__device__ void add_relaxed(long long* p, long long v) {
   asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" :: "l"(p), "l"(v));
 }
-__device__ void arrive_release(unsigned* counter) {  // everything this block has written or added becomes visible first
+// Counts one; whoever acquires the count also sees all that this block wrote or added before. Relaxed, the
+// count could overtake the sums it stands for.
+__device__ void arrive_release(unsigned* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(counter) : "memory");
 }
 __device__ unsigned load_acquire(const unsigned* counter) {
@@ -322,74 +426,75 @@ __device__ unsigned load_acquire(const unsigned* counter) {
   return v;
 }
 
-// Weights that bypass the ring: 16 bytes through the read-only path, started where it stands in the code.
+// Weights that bypass the ring: 16 bytes that no launch writes, and a load that starts where it stands in the
+// code. The compiler would move it to its first use, and the wait for memory with it.
 __device__ uint4 load16(const half* p) {
   uint4 v;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
 
-// A barrier of the first `threads` threads that call it with this id; __syncthreads would include the producer.
-__device__ void named_barrier(int id, int threads) { asm volatile("barrier.sync %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
+// A barrier of `threads` threads that name the same id. __syncthreads would wait for the producer's warp too,
+// which never comes. With one team, team and workers are the same threads and share id 1.
+__device__ void named_barrier(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
 __device__ void workers_sync() { named_barrier(1, WORKERS); }
 __device__ void team_sync(int team) { named_barrier(TEAMS == 1 ? 1 : 2 + team, TEAM); }
 
-__device__ unsigned long long global_ns() {
-  unsigned long long t;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
-  return t;
+__device__ unsigned long long global_ns() {  // one clock for all blocks; clock64 is each multiprocessor's own
+  unsigned long long t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t;
 }
 
-// Every wait in this file ends: past PATIENCE the first to lose it writes down what it waited for, in host memory that
-// outlives the launch, and the trap ends all blocks. The CUDA context is lost with it; other processes are not.
-constexpr long long PATIENCE = 6'000'000'000;  // clock cycles, 3 s at 1.98 GHz
+// Every wait in this file ends: past PATIENCE the first to lose it writes down what it waited for, in host
+// memory that outlives the launch, and the trap ends all blocks, and with them the process's CUDA context.
+constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
 
 __device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int seen) {
-  if (atomicCAS_system(&failure->sync, 0, sync) == 0) {
-    failure->block = blockIdx.x;
-    failure->layer = layer;
-    failure->seen = seen;
-  }
+  if (atomicCAS_system(&failure->sync, 0, sync) != 0)
+    while (true) __nanosleep(1000);  // another thread is writing its report, and its trap ends us too
+  failure->block = blockIdx.x;
+  failure->layer = layer;
+  failure->seen = seen;
   __threadfence_system();
   __trap();
 }
 
 __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t parity, SyncId sync) {
   if (barrier_passed(barrier, parity)) return;
-  const long long start = clock64();
+  // The producer, at (E), waits for workers, and they know the cause: they get to report it.
+  const long long patience = sync == SYNC_EMPTY ? 2 * PATIENCE : PATIENCE, start = clock64();
   while (!barrier_passed(barrier, parity))
-    if (clock64() - start > PATIENCE) give_up(m.failure, sync, s.layer, parity);
+    if (clock64() - start > patience) give_up(m.failure, sync, s.layer, parity);
 }
 
-// ------------------------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------------------------------
 // 6. Arithmetic: the two inner loops, and sums that do not depend on order
-// ------------------------------------------------------------------------------------------------------------------
 
-__device__ void widen(const uint4& w, float* f) {  // 16 bytes, 8 fp16 -> 8 fp32
+// 16 bytes, 8 fp16 -> 8 fp32. Products and sums are fp32 throughout; only weights, k and v are fp16.
+__device__ void widen(const uint4& w, float* f) {
   const half2* h = reinterpret_cast<const half2*>(&w);
   for (int i = 0; i < 4; i++) {
     const float2 pair = __half22float2(h[i]);
-    f[2 * i] = pair.x;
-    f[2 * i + 1] = pair.y;
+    f[2 * i] = pair.x; f[2 * i + 1] = pair.y;
   }
 }
 
 __device__ float dot8(const uint4& w, const float* x, float sum) {
-  float f[8];
-  widen(w, f);
+  float f[8]; widen(w, f);
   for (int i = 0; i < 8; i++) sum = fmaf(f[i], x[i], sum);
   return sum;
 }
 
 __device__ void axpy8(float a, const uint4& w, float* y) {
-  float f[8];
-  widen(w, f);
+  float f[8]; widen(w, f);
   for (int i = 0; i < 8; i++) y[i] = fmaf(a, f[i], y[i]);
 }
 
-// Adds up R values over the lanes of a team in a warp, all R at once: in each of the first log2(R) steps a lane gives
-// half of its values away and keeps the other half, so R = 4 takes 6 shuffles, not 20. Lane l returns row l % R.
-// All 32 lanes must be here.
+// Adds up R values over the lanes of a team in a warp, all R at once: in each of the first log2(R) steps a
+// lane gives half of its values away and keeps the other half, so R = 8 takes 4 + 2 + 1 + 2 = 9 shuffles, not
+// 8 * 5 = 40. Lane l returns row l % R. All 32 lanes must be here.
 __device__ float reduce_rows(float (&v)[R], int lane) {
 #pragma unroll
   for (int w = R / 2; w >= 1; w /= 2) {
@@ -403,44 +508,55 @@ __device__ float reduce_rows(float (&v)[R], int lane) {
   return v[0];
 }
 
-// The clusters add to x in whatever order they finish. Floating-point sums would differ in their last bits from run to
-// run; integer sums do not depend on order. So x between blocks is 64-bit fixed point, with 2^-24 = 6e-8 as its unit:
-// finer than fp32 above 1, and 8000 times finer than fp16 there. What does not fit (65536 and up: more than
-// fp16 holds, infinities, NaN) adds a number so large that no sum of others hides it, and reads back as NaN.
+// The clusters add to x in whatever order they finish. A floating-point sum rounds at every step, so its last
+// bits would differ from run to run; an integer sum is the same in any order. So x between layers is 64-bit
+// fixed point in units of 2^-24 = 6e-8: for values above 1 no coarser than fp32, and 2^14 times finer than
+// fp16. A part that does not fit (65536 and up, more than fp16 holds; infinities; NaN) adds 2^54 instead, and
+// the sum reads back as NaN: the others, less than 2^40 each, cannot hide it, nor do 511 clusters of it
+// overflow.
 constexpr float FIXED_ONE = 16777216.f, FIXED_LIMIT = 65536.f;
 constexpr long long FIXED_NAN = 1ll << 54, FIXED_EDGE = 1ll << 53;
 
-__device__ long long to_fixed(float v) { return fabsf(v) < FIXED_LIMIT ? __float2ll_rn(v * FIXED_ONE) : FIXED_NAN; }
+__device__ long long to_fixed(float v) {
+  return fabsf(v) < FIXED_LIMIT ? __float2ll_rn(v * FIXED_ONE) : FIXED_NAN;
+}
 __device__ float from_fixed(long long q) {
   return q > -FIXED_EDGE && q < FIXED_EDGE ? __ll2float_rn(q) * (1 / FIXED_ONE) : __int_as_float(0x7fffffff);
 }
 
-// ------------------------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------------------------------
 // 7. The stages
-// ------------------------------------------------------------------------------------------------------------------
+//
+// A card says: math; owner, who computes which part; bytes that a block moves, for 2.8b and with their time
+// at an even share of the bandwidth (34.7 KB a us); syncs; why it is done like this.
 
-// Balance by bytes: a head costs the blocks of its cluster its rows and its cached tokens; hidden units fill up what
-// the heads leave, so that every block streams the same. ATTENTION_BYTES is what a block could have streamed in the
-// time that the head's chain of small steps takes; build.py has its measured value. `long long`, since F * F overflows.
+// ---- The division of work --------------------------------------------------------------------------------
+//
+// Balance by bytes: a head costs each block of its cluster 1/K of its rows and cached tokens, and hidden
+// units fill up what the heads leave. Two costs are more than bytes. ATTENTION_BYTES is what a block could
+// have streamed in the time that the chain of small steps from (1) to (2) takes (measured; build.py sets it).
+// A cached token counts KV_WEIGHT / 2 times, because softmax makes it slower to use than to read.
+// The shares are fixed before the launch, so that the same sums are added in the same order every time. `long
+// long`, since F * F overflows.
+constexpr int KV_WEIGHT = 3;
+
 __host__ __device__ Plan make_plan(int block, int blocks, int position) {
   Plan p;
-  p.rank = block % K;
-  p.cluster = block / K;
-  p.clusters = blocks / K;
-  const int heads = NH / p.clusters, busy = NH % p.clusters * K;  // the first `busy` blocks have one head more
+  p.rank = block % K; p.cluster = block / K; p.clusters = blocks / K;
+  const int heads = NH / p.clusters, busy = NH % p.clusters * K;  // the first `busy` blocks have one more
   const long long unit_bytes = 4 * C, scale = 256;                // of two rows; costs are in 1/256 units
-  const long long head_bytes = (8ll * HS * C + 4ll * HS * position) / K + ATTENTION_BYTES;
+  const long long head_bytes = (8ll * HS * C + 2ll * KV_WEIGHT * HS * position) / K + ATTENTION_BYTES;
   const long long head_cost = scale * head_bytes / unit_bytes;
   const long long fair = (scale * F + head_cost * NH * K) / blocks;
-  const long long room = fair - (heads + 1) * head_cost;
-  const long long of_busy = busy && room > 0 ? room : 0;
-  const long long of_rest = busy == blocks ? 0 : (scale * F - of_busy * busy) / (blocks - busy);
+  const long long room = fair - (heads + 1) * head_cost;          // left for units in a busy block
+  const long long of_busy = room > 0 ? room : 0;
+  const long long of_rest = (scale * F - of_busy * busy) / (blocks - busy);
   const long long all = of_busy * busy + of_rest * (blocks - busy);
   const long long before = block < busy ? of_busy * block : of_busy * busy + of_rest * (block - busy);
   p.first_unit = F * before / all;
   p.last_unit = F * (before + (block < busy ? of_busy : of_rest)) / all;
-  const int parts = 2 * (heads + (block < busy)) + 1;
-  p.filler = ceil_div(ceil_div(p.last_unit - p.first_unit, parts), TILE_ROWS) * TILE_ROWS;
+  const int shares = 2 * (heads + (block < busy)) + 1;
+  p.filler = ceil_div(ceil_div(p.last_unit - p.first_unit, shares), TILE_ROWS) * TILE_ROWS;
   const int tokens = ceil_div(position, K);
   p.first_token = tokens * p.rank < position ? tokens * p.rank : position;
   p.last_token = p.first_token + tokens < position ? p.first_token + tokens : position;
@@ -453,10 +569,7 @@ struct Ring {  // a place in the ring: the next stage, and the parity of the pha
   int stage = 0;
   uint32_t parity = 0;
   __device__ void next() {
-    if (++stage == STAGES) {
-      stage = 0;
-      parity ^= 1;
-    }
+    if (++stage == STAGES) { stage = 0; parity ^= 1; }
   }
 };
 
@@ -464,9 +577,12 @@ __device__ half* cache_row(const Model& m, int layer, int kv, int head, int toke
   return m.cache + (((size_t)(layer * 2 + kv) * NH + head) * CTX + token) * HS;
 }
 
-// ---- The producer ------------------------------------------------------------------------------------------------
-// One lane that walks through the same work as the workers, tile by tile, and starts the copies. It waits only for room
-// in the ring, never for an activation: while the workers stand at (4), up to STAGES tiles of what comes after land.
+// ---- The producer ----------------------------------------------------------------------------------------
+//
+// One lane walks through the same work as the workers, stage by stage in the same order, and starts the
+// copies. It waits only for room in the ring, never for an activation: while the workers stand at (4), up to
+// STAGES stages of the next layer land. A copy brings the rows that exist and no more; the rest of its stage
+// keeps old bytes.
 
 struct Producer {
   const Model& m;
@@ -475,20 +591,25 @@ struct Producer {
   Ring ring;
 
   __device__ void claim(uint32_t bytes) {
-    wait(m, s, &s.empty[ring.stage], ring.parity ^ 1, SYNC_EMPTY);  // (E) the first lap finds every stage empty
-    barrier_expect(&s.full[ring.stage], bytes);
+    // (E) A new barrier answers as if a phase of parity 1 were complete, so the first lap does not wait.
+    wait(m, s, &s.empty[ring.stage], ring.parity ^ 1, SYNC_EMPTY);
+    barrier_expect(&s.full[ring.stage], bytes);  // (F)
   }
   __device__ void copy(void* to, const void* from, uint32_t bytes) {
     bulk_copy(to, from, bytes, &s.full[ring.stage], policy);
   }
+  // A tile's biases come with its first stage, from the multiple of 8 before: a copy starts at 16 bytes.
   __device__ void rows(const half* w, const half* bias, int first, int last) {
     for (int row = first; row < last; row += TILE_ROWS) {
-      const int n = min(TILE_ROWS, last - row), skip = row % 8;  // biases are copied from a multiple of 16 bytes on
-      const int bias_bytes = bias ? ceil_div(skip + n, 8) * 16 : 0;
-      claim(n * C * 2 + bias_bytes);
-      copy(s.ring[ring.stage], w + (size_t)row * C, n * C * 2);
-      if (bias) copy(s.bias[ring.stage], bias + row - skip, bias_bytes);
-      ring.next();
+      const int n = min(TILE_ROWS, last - row), skip = row % 8;
+      for (int done = 0; done < n; done += STAGE_ROWS) {
+        const int bytes = min(STAGE_ROWS, n - done) * C * 2;
+        const int bias_bytes = bias && done == 0 ? ceil_div(skip + n, 8) * 16 : 0;
+        claim(bytes + bias_bytes);
+        copy(s.ring[ring.stage], w + (size_t)(row + done) * C, bytes);
+        if (bias_bytes) copy(s.bias[ring.stage], bias + row - skip, bias_bytes);
+        ring.next();
+      }
     }
   }
   __device__ void units(const Layer& w, int first, int last) {
@@ -497,6 +618,7 @@ struct Producer {
       rows(w.w_down, nullptr, j, min(j + TILE_ROWS, last));
     }
   }
+  // Old tokens only: the copy engine never reads what ordinary stores of this launch have written.
   __device__ void tokens(const half* k, const half* v, int first, int last) {
     for (int t = first; t < last; t += KV_TOKENS) {
       const int bytes = min(KV_TOKENS, last - t) * HS * 2;
@@ -526,9 +648,10 @@ struct Producer {
   }
 };
 
-// ---- The workers -------------------------------------------------------------------------------------------------
+// ---- The workers -----------------------------------------------------------------------------------------
 
-struct Norms { uint4 w1[PIECES], b1[PIECES], w2[PIECES], b2[PIECES]; };  // gains and biases of a thread's columns, fp16
+// LayerNorms' gains (w) and biases (b) of a thread's columns, fp16.
+struct Norms { uint4 w1[PIECES], b1[PIECES], w2[PIECES], b2[PIECES]; };
 
 struct Worker {  // one thread's view
   const Model& m;
@@ -541,32 +664,42 @@ struct Worker {  // one thread's view
   uint32_t head_parity = 0, sums_parity = 0;
   Columns y;
 
-  // Column of element i of what a thread owns: consecutive threads, consecutive 16 bytes, so no bank conflicts.
+  // Column of element i of what a thread owns: consecutive threads, consecutive 16 bytes, no bank conflicts.
   __device__ int column(int i) const { return (i / 8 * TEAM + piece) * 8 + i % 8; }
-  __device__ int column_again(int p) const { return (p * TEAM + thread_again() % TEAM) * 8; }  // column(8 * p)
-  __device__ uint4 weights(int tile_row, int p) const {
-    return *reinterpret_cast<const uint4*>(&s.ring[ring.stage][tile_row * C + column(8 * p)]);
+  // column(8 * p), worked out anew: see thread_again
+  __device__ int column_again(int p) const { return (p * TEAM + thread_again() % TEAM) * 8; }
+  __device__ uint4 weights(int stage_row, int p) const {
+    return *reinterpret_cast<const uint4*>(&s.ring[ring.stage][stage_row * C + column(8 * p)]);
   }
   __device__ void wait_full() { wait(m, s, &s.full[ring.stage], ring.parity, SYNC_FULL); }  // (F)
-  __device__ void release() {                                                               // (E)
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&s.empty[ring.stage]);
+  __device__ void release() {
+    __syncwarp();                                           // (E) all lanes have read: one arrival a warp
+    if (lane == 0) barrier_arrive(&s.empty[ring.stage]);    // (E)
     ring.next();
   }
 
-  // dot: the next tile's rows times x, plus bias. Team t has rows t, t + TEAMS, ...; every warp of a team returns in
-  // lane l the finished row `row`. n rows are valid; the biases start `skip` places into the tile's.
+  // DOT TILE. The next tile's rows times x, plus bias: of n rows, with biases that start `skip` places into
+  // the tile's. Team t has rows t, t + TEAMS, ...; in every warp of it, lane l returns the finished row
+  // `row`.
+  // One sync (c) a tile is enough, with two buffers in turn: a warp that writes a buffer for tile i + 2 has
+  // passed (c) of tile i + 1, at which every warp arrived after it had read tile i. With one buffer, a second
+  // sync would have to follow the reading.
   __device__ float dot_tile(const Columns& x, int n, int skip, bool has_bias) {
-    wait_full();
-    float sums[R];
+    float sums[R] = {}, bias = 0;
 #pragma unroll
-    for (int r = 0; r < R; r++) {
-      sums[r] = 0;
-      if (r * TEAMS + team < n)
-        for (int p = 0; p < PIECES; p++) sums[r] = dot8(weights(r * TEAMS + team, p), x + 8 * p, sums[r]);
+    for (int part = 0; part < PARTS; part++) {
+      if (part * STAGE_ROWS >= n) break;
+      wait_full();  // (F)
+#pragma unroll
+      for (int i = 0; i < R / PARTS; i++) {
+        const int r = part * R / PARTS + i, stage_row = i * TEAMS + team;
+        if (part * STAGE_ROWS + stage_row < n)
+          for (int p = 0; p < PIECES; p++) sums[r] = dot8(weights(stage_row, p), x + 8 * p, sums[r]);
+      }
+      if (part == 0 && has_bias && row < n && MUTANT != 7)
+        bias = __half2float(s.bias[ring.stage][skip + row]);
+      release();  // (E)
     }
-    const float bias = has_bias && row < n && MUTANT != 7 ? __half2float(s.bias[ring.stage][skip + row]) : 0.f;
-    release();
     float sum = reduce_rows(sums, lane);
     if (TEAM_WARPS > 1) {
       float(&part)[R][TEAM_WARPS] = s.dots[flip][team];
@@ -579,30 +712,40 @@ struct Worker {  // one thread's view
     return sum + bias;
   }
 
-  // axpy: y += a * row for the next tile's rows; lane l holds a of row `row`.
+  // AXPY TILE. y += a * row for the next tile's rows; lane l holds a of row `row`, as dot_tile leaves it. A
+  // warp needs nobody else: every thread has all of a row's a, and columns of its own.
   __device__ void axpy_tile(float a, int n) {
-    wait_full();
 #pragma unroll
-    for (int r = 0; r < R; r++) {
-      const float of_row = __shfl_sync(~0u, a, r, LANES);
-      if (r * TEAMS + team < n)
-        for (int p = 0; p < PIECES; p++) axpy8(of_row, weights(r * TEAMS + team, p), y + 8 * p);
+    for (int part = 0; part < PARTS; part++) {
+      if (part * STAGE_ROWS >= n) break;
+      wait_full();  // (F)
+#pragma unroll
+      for (int i = 0; i < R / PARTS; i++) {
+        const int r = part * R / PARTS + i, stage_row = i * TEAMS + team;
+        const float of_row = __shfl_sync(~0u, a, r, LANES);
+        if (part * STAGE_ROWS + stage_row < n)
+          for (int p = 0; p < PIECES; p++) axpy8(of_row, weights(stage_row, p), y + 8 * p);
+      }
+      release();  // (E)
     }
-    release();
   }
 
-  // S0 READ X   math: x from fixed point   owner: all threads, 2 columns at a time; then every team has all of them
-  // reads 8 * C bytes from L2, the same for all blocks: 20 KB of 2.8b   ends with (a)
+  // S0 READ X
+  //   math    x from fixed point; before layer 0, a row of embed_in
+  //   owner   each thread reads a share of the columns, 2 at a time, and gets its own from shared memory
+  //   bytes   8 * C, 20 KB from L2, the same for all blocks     syncs   after (4); ends with (a)
+  //   why     teams that each read all of x would ask L2 for the same few lines that many times over
   __device__ void read_residual(const long long* x_now, Columns& x) {
     constexpr int PAIRS = ceil_div(C / 2, WORKERS);
     longlong2 q[PAIRS];
 #pragma unroll
-    for (int i = 0; i < PAIRS; i++)  // all loads start before the first is used: one trip to L2, not PAIRS of them
+    for (int i = 0; i < PAIRS; i++)  // all loads start before the first is used: one trip to L2, not PAIRS
       if (tid + i * WORKERS < C / 2) q[i] = load_relaxed(x_now + 2 * (tid + i * WORKERS));
 #pragma unroll
     for (int i = 0; i < PAIRS; i++)
       if (tid + i * WORKERS < C / 2)
-        *reinterpret_cast<float2*>(&s.x[2 * (tid + i * WORKERS)]) = make_float2(from_fixed(q[i].x), from_fixed(q[i].y));
+        *reinterpret_cast<float2*>(&s.x[2 * (tid + i * WORKERS)]) =
+            make_float2(from_fixed(q[i].x), from_fixed(q[i].y));
     workers_sync();  // (a)
     for (int i = 0; i < COLS; i++) x[i] = s.x[column(i)];
   }
@@ -611,7 +754,7 @@ struct Worker {  // one thread's view
     for (int p = 0; p < PIECES; p++) widen(load16(m.embed_in + (size_t)token * C + column(8 * p)), x + 8 * p);
   }
 
-  // Started before (4), so that they have arrived when x has. Layer L stands for the final LayerNorm.
+  // Called before (4), so that they have arrived when x has. Layer L stands for the final LayerNorm.
   __device__ Norms load_norms(int layer) const {
     const Layer& w = m.layers[min(layer, L - 1)];
     Norms n;
@@ -625,10 +768,14 @@ struct Worker {  // one thread's view
     return n;
   }
 
-  // S1 LAYERNORM   math: x <- (x - mean) / sqrt(var + eps), once for both norms   owner: every team, for itself
-  // The variance is around the true mean (two passes) within a thread; groups of n values each then merge exactly:
-  // mean = (mean_a + mean_b) / 2, squares = squares_a + squares_b + (mean_a - mean_b)^2 * n / 2 (Chan et al. 1979).
-  // E[x^2] - E[x]^2 would cancel where the mean is large.   contains (b)
+  // S1 LAYERNORM
+  //   math    x <- (x - mean) / sqrt(var + eps), then xn1 = x * w1 + b1 and xn2 = x * w2 + b2
+  //   owner   every team, for itself: all blocks compute the same, since sending it would take longer
+  //   bytes   8 * C, 20 KB, on their way since before (4)       syncs   contains (b)
+  //   why     E[x^2] - E[x]^2 cancels where the mean is large. So a thread takes its mean first, then sums
+  //           the squared distances to it, and groups of n values merge exactly (Chan et al.):
+  //               mean = (mean_a + mean_b) / 2, squares = squares_a + squares_b + (mean_a - mean_b)^2 * n / 2
+  //           `stats` has two halves only because it shares `flip` with `dots`; (a) keeps its uses apart.
   __device__ void normalize(Columns& x) {
     float mean = 0, squares = 0, n = COLS;
     for (int i = 0; i < COLS; i++) mean += x[i];
@@ -648,33 +795,36 @@ struct Worker {  // one thread's view
       mean = squares = 0;
       for (int w = 0; w < TEAM_WARPS; w++) mean += part[w][0];
       mean /= TEAM_WARPS;
-      for (int w = 0; w < TEAM_WARPS; w++) squares += part[w][1] + n * (part[w][0] - mean) * (part[w][0] - mean);
+      for (int w = 0; w < TEAM_WARPS; w++)
+        squares += part[w][1] + n * (part[w][0] - mean) * (part[w][0] - mean);
       flip ^= 1;
     }
     const float scale = rsqrtf(squares / C + LN_EPS);
     for (int i = 0; i < COLS; i++) x[i] = (x[i] - mean) * scale;
   }
 
-  __device__ void affine(const Columns& x, const uint4 (&gain)[PIECES], const uint4 (&bias)[PIECES], Columns& out) const {
+  __device__ void affine(const Columns& x, const uint4 (&gain)[PIECES], const uint4 (&bias)[PIECES],
+                         Columns& out) const {
     for (int p = 0; p < PIECES; p++) {
-      float g[8], b[8];
-      widen(gain[p], g);
-      widen(bias[p], b);
+      float g[8], b[8]; widen(gain[p], g); widen(bias[p], b);
       for (int i = 0; i < 8; i++) out[8 * p + i] = fmaf(x[8 * p + i], g[i], b[i]);
     }
   }
 
-  // ClusterGather: every rank gets every rank's values. The lane that finished a row pushes it into the same place of
-  // all K inboxes; lanes l, l + R, ... hold the same row, so each takes another rank.
+  // ClusterGather: every rank gets every rank's values. A finished row goes into the same place of all K
+  // inboxes, our own included; lanes l, l + R, ... hold the same row, so each takes another rank.
   __device__ void cluster_gather(float* place, float value, bool valid, uint64_t* ready) const {
     if (!valid || team_warp > 0) return;
     for (int r = lane % LANES / R; r < K; r += LANES / R) push(peer(place, r), value, peer(ready, r));
   }
 
-  // S2 QKV   math: [q k v] of head h = rows @ xn1 + b   owner: rank r has rows r*QKV_ROWS.. of the head's 3*HS
-  // reads 3 * HS * C * 2 bytes a head, 1.2 MB of 2.8b   ends with (1), waited for after some hidden units
+  // S2 QKV
+  //   math    q, k, v of head h = rows @ xn1 + b
+  //   owner   rank r has rows r*QKV_ROWS.. of the head's 3*HS
+  //   bytes   3 * HS * C * 2 / K, 614 KB, 17.7 us     syncs   (F) (E) (c) a tile; (1) after some hidden units
+  //   why     each tile is pushed as soon as it is finished, so only the last one's journey is left for (1)
   __device__ void qkv_rows(const Columns& xn1, int h) {
-    if (tid == 0) barrier_expect(&s.qkv_ready, sizeof(s.qkv));
+    if (tid == 0) barrier_expect(&s.qkv_ready, sizeof(s.qkv));  // (1)
     const int first = s.plan.rank * QKV_ROWS;
     for (int i = 0; i < QKV_ROWS; i += TILE_ROWS) {
       const int n = min(TILE_ROWS, QKV_ROWS - i);
@@ -683,9 +833,12 @@ struct Worker {  // one thread's view
     }
   }
 
-  // S3 ROPE, S4 APPEND   math: (a, b) -> (a cos - b sin, b cos + a sin) for dimensions i, i + ROT/2 of q and k
-  // owner: one thread a dimension, the same in every rank; the last rank writes the cache   ends with (d)
-  // k and v are rounded to fp16 before they are used, so that this token is seen now as it will be seen later.
+  // S3 ROPE, S4 APPEND
+  //   math    (a, b) <- (a cos - b sin, b cos + a sin) for dimensions i and i + ROT/2 of q and k, i < ROT/2
+  //   owner   a thread for each of 3*HS values, the same in every rank; the last rank writes the cache
+  //   bytes   4 * HS, 320 to the cache                 syncs   after (1); ends with (d)
+  //   why     k and v are rounded to fp16 before use, so that this token is seen now as it will be later;
+  //           every rank rotates for itself, as waiting for another would need a sync more
   __device__ void rotate_and_append(int layer, int h, int position) {
     for (int i = tid; i < 3 * HS; i += WORKERS) {
       const int which = i / HS, d = i % HS;  // 0 q, 1 k, 2 v
@@ -697,7 +850,7 @@ struct Worker {  // one thread's view
         value = fmaf(value, s.rope_cos[pair], other * s.rope_sin[pair]);
       }
       if (which == 0) {
-        s.q[d] = value * (rsqrtf((float)HS) * 1.44269504f);  // log2(e): the softmax below is in powers of 2
+        s.q[d] = value * (rsqrtf((float)HS) * 1.44269504f);  // log2(e): S5's softmax is in powers of 2
         TAP(TAP_Q + h * HS + d, value);
       } else {
         (which == 1 ? s.k_new : s.v_new)[d] = __float2half_rn(value);
@@ -708,72 +861,73 @@ struct Worker {  // one thread's view
     workers_sync();  // (d)
   }
 
-  // S5 ATTEND   math: o = sum_t 2^(s_t - m) v_t, l = sum_t 2^(s_t - m), m = max_t s_t, s_t = q . k_t   (online softmax)
-  // owner: TOKEN_LANES lanes a token, 8 dimensions a lane; tokens go round over the warps; the last warp of the last rank
-  // adds the new token   reads 4 * HS bytes a token   contains (e), ends with (2), waited for after some hidden units
+  // S5 ATTEND
+  //   math    s_t = q . k_t, m = max_t s_t, l = sum_t 2^(s_t - m), o = sum_t 2^(s_t - m) v_t
+  //   owner   rank r has tokens first_token.., dealt out to TOKEN_LANES lanes a token, 8 dimensions a lane;
+  //           the last warp of the last rank, which has the fewest tokens, adds the new one
+  //   bytes   4 * HS * T / K: 20 KB, 0.6 us at T = 128; 328 KB, 9.4 us at T = 2048
+  //   syncs   after (d); (F) (E) a stage; contains (e); (2) after some hidden units
+  //   why     online softmax: a running maximum needs no second pass; when it grows, l and o shrink by
+  //           2^(old - new). Parts with maxima of their own merge alike: lanes, warps (e), ranks (S6)
   __device__ void attend() {
     const int d = lane % TOKEN_LANES * 8, sub = lane / TOKEN_LANES;
     const bool has_d = d < HS;  // a head of 80 uses 10 lanes of 16
     float q[8], o[8] = {}, mx = -1e30f, l = 0;
     for (int i = 0; i < 8; i++) q[i] = has_d ? s.q[d + i] : 0.f;
 
-    if (s.plan.rank == K - 1 && warp == WARPS - 1) {
+    if (s.plan.rank == K - 1 && warp == WARPS - 1) {  // the new token
       float score = has_d ? dot8(*reinterpret_cast<const uint4*>(s.k_new + d), q, 0) : 0.f;
 #pragma unroll
       for (int w = 1; w < TOKEN_LANES; w *= 2) score += __shfl_xor_sync(~0u, score, w);
       if (sub == 0) {
-        mx = score;
-        l = 1;
+        mx = score; l = 1;
         if (has_d) widen(*reinterpret_cast<const uint4*>(s.v_new + d), o);
       }
     }
 
-    constexpr int BATCH = 4, STRIDE = WARPS * WARP_TOKENS;  // four tokens a lane at once: one rescaling for all four
+    constexpr int STRIDE = WARPS * WARP_TOKENS, BATCH = ceil_div(KV_TOKENS, STRIDE);
+    // BATCH covers a whole stage: each lane takes its tokens of it at once, with one rescaling.
     const int last_token = MUTANT == 5 ? s.plan.last_token / KV_TOKENS * KV_TOKENS : s.plan.last_token;
     for (int t0 = s.plan.first_token; t0 < s.plan.last_token; t0 += KV_TOKENS) {
       const int n = min(KV_TOKENS, last_token - t0);
-      wait_full();
+      wait_full();  // (F)
       const half *k = s.ring[ring.stage] + d, *v = k + KV_TOKENS * HS;
-      for (int base = warp * WARP_TOKENS + sub; base - sub < n; base += BATCH * STRIDE) {
-        float score[BATCH], top = mx;
+      const int base = warp * WARP_TOKENS + sub;
+      float score[BATCH], top = mx;
 #pragma unroll
-        for (int u = 0; u < BATCH; u++) {
-          const int t = base + u * STRIDE;
-          score[u] = t < n && has_d ? dot8(*reinterpret_cast<const uint4*>(k + t * HS), q, 0) : 0.f;
-        }
+      for (int u = 0; u < BATCH; u++) {
+        const int t = base + u * STRIDE;
+        score[u] = t < n && has_d ? dot8(*reinterpret_cast<const uint4*>(k + t * HS), q, 0) : 0.f;
+      }
 #pragma unroll
-        for (int u = 0; u < BATCH; u++) {
+      for (int u = 0; u < BATCH; u++) {
 #pragma unroll
-          for (int w = 1; w < TOKEN_LANES; w *= 2) score[u] += __shfl_xor_sync(~0u, score[u], w);
-          if (base + u * STRIDE < n) top = fmaxf(top, score[u]);
-        }
-        const float shrink = exp2f(mx - top);
-        mx = top;
-        l *= shrink;
-        for (int i = 0; i < 8; i++) o[i] *= shrink;
+        for (int w = 1; w < TOKEN_LANES; w *= 2) score[u] += __shfl_xor_sync(~0u, score[u], w);
+        if (base + u * STRIDE < n) top = fmaxf(top, score[u]);
+      }
+      const float shrink = exp2f(mx - top);
+      mx = top; l *= shrink;
+      for (int i = 0; i < 8; i++) o[i] *= shrink;
 #pragma unroll
-        for (int u = 0; u < BATCH; u++) {
-          const int t = base + u * STRIDE;
-          if (t < n) {  // rows past n hold whatever the stage held before: not even 0 times them is safe
-            const float e = exp2f(score[u] - top);
-            l += e;
-            if (has_d) axpy8(e, *reinterpret_cast<const uint4*>(v + t * HS), o);
-          }
+      for (int u = 0; u < BATCH; u++) {
+        const int t = base + u * STRIDE;
+        // Rows past n are what the stage held before, weights read as numbers: NaN among them, and 0 * NaN
+        // is NaN. A weight of 0 does not make them harmless; not reading them does.
+        if (t < n) {
+          const float e = exp2f(score[u] - top);
+          l += e;
+          if (has_d) axpy8(e, *reinterpret_cast<const uint4*>(v + t * HS), o);
         }
       }
-      release();
+      release();  // (E)
     }
 
 #pragma unroll
-    for (int w = TOKEN_LANES; w < 32; w *= 2) {  // merge the lanes that hold the same dimensions of other tokens
+    for (int w = TOKEN_LANES; w < 32; w *= 2) {  // lanes that hold the same dimensions of other tokens
       const float top = fmaxf(mx, __shfl_xor_sync(~0u, mx, w)), shrink = exp2f(mx - top);
       mx = top;
-      l *= shrink;
-      l += __shfl_xor_sync(~0u, l, w);
-      for (int i = 0; i < 8; i++) {
-        o[i] *= shrink;
-        o[i] += __shfl_xor_sync(~0u, o[i], w);
-      }
+      l *= shrink; l += __shfl_xor_sync(~0u, l, w);
+      for (int i = 0; i < 8; i++) { o[i] *= shrink; o[i] += __shfl_xor_sync(~0u, o[i], w); }
     }
     if (sub == 0 && has_d)
       for (int i = 0; i < 8; i++) s.part_o[warp][d + i] = o[i];
@@ -782,7 +936,8 @@ struct Worker {  // one thread's view
     if (tid < HS) push_slice();
   }
 
-  // ClusterReduce, first half: thread d merges the warps' o[d], and pushes it to the rank that owns d; m and l go to all.
+  // ClusterReduce, first half: thread d merges the warps' o[d] and pushes it to the rank that owns d; m and l
+  // go to every rank.
   __device__ void push_slice() const {
     float top = s.part_m[0], l = 0, o = 0;
 #pragma unroll
@@ -801,9 +956,11 @@ struct Worker {  // one thread's view
     }
   }
 
-  // S6 MERGE, S7 OUT ROWS   math: o = sum_r 2^(m_r - m) o_r / sum_r 2^(m_r - m) l_r, then y += o[d] * row d
-  // owner: rank r has dimensions r*OUT_ROWS.. of the head, merged in the order of the ranks (ClusterReduce, second half)
-  // reads HS * C * 2 bytes a head, 0.4 MB of 2.8b
+  // S6 MERGE, S7 OUT ROWS
+  //   math    o = sum_r 2^(m_r - m) o_r / sum_r 2^(m_r - m) l_r, then y += o[d] * output row d
+  //   owner   rank r has dimensions r*OUT_ROWS.. of the head; every warp merges for itself what it needs
+  //   bytes   HS * C * 2 / K, 205 KB, 5.9 us           syncs   after (2); (F) (E) a tile
+  //   why     parts are added in the order of ranks, not of arrival, so that the bits are the same every time
   __device__ void out_rows(int h) {
     float top = s.slice_ml[0][0], weight[K], l = 0;
     for (int r = 1; r < K; r++) top = fmaxf(top, s.slice_ml[r][0]);
@@ -823,26 +980,36 @@ struct Worker {  // one thread's view
     }
   }
 
-  // S8 HIDDEN UNITS   math: h_j = gelu(up row j . xn2 + b_j), y += h_j * down row j   owner: this block alone
-  // GELU is the exact one, h/2 (1 + erf(h / sqrt 2)), as Pythia was trained   reads 4 * C bytes a unit, 10 KB of 2.8b
+  // S8 HIDDEN UNITS
+  //   math    h_j = gelu(up row j . xn2 + b_j), y += h_j * down row j; gelu(a) = a/2 (1 + erf(a / sqrt 2))
+  //   owner   a block has units first_unit..last_unit - 1, and nobody else needs to know h_j
+  //   bytes   4 * C a unit, 10.2 KB, 0.3 us            syncs   (F) (E) (c) a tile
+  //   why     it needs nothing but x, so it fills the time in which something else is on its way; Pythia is
+  //           trained with erf, from which GELU by tanh is off by up to 5e-4
   __device__ void units(const Columns& xn2, int first, int last) {
     for (int j = first; j < last; j += TILE_ROWS) {
       const int n = min(TILE_ROWS, last - j);
       const float a = dot_tile(xn2, n, j % 8, true);
-      const float bend = MUTANT == 6 ? tanhf(0.79788456f * (a + 0.044715f * a * a * a)) : erff(a * 0.70710678f);
+      const float bend =
+          MUTANT == 6 ? tanhf(0.79788456f * (a + 0.044715f * a * a * a)) : erff(a * 0.70710678f);
       const float hidden = 0.5f * a * (1 + bend);
       if (row < n) TAP(TAP_H + j + row, hidden);
       axpy_tile(hidden, n);
     }
   }
 
-  // S9 SUM   ClusterReduce of y: every team pushes its partial y to the ranks that own the columns; the owner adds the
-  // parts in the order of ranks and teams, so that the bits are the same every time   ends with (3)
+  // S9 SUM
+  //   math    x_next = sum over all teams of y
+  //   owner   every team pushes its y to the ranks that own its columns; rank r adds r*OWN.. to x_next
+  //   bytes   4 * C a team, 10 KB to shared memories; 8 * C a cluster, 20 KB to L2     syncs   contains (3)
+  //   why     the cluster adds up first (ClusterReduce), as additions to one address queue up in L2; in the
+  //           order of ranks and teams, as these sums are fp32
   __device__ void cluster_reduce() {
-    if (tid == 0) barrier_expect(&s.sums_ready, sizeof(s.sums));
+    if (tid == 0) barrier_expect(&s.sums_ready, sizeof(s.sums));  // (3)
     for (int p = 0; p < PIECES; p++) {
       const int c = column_again(p), owner = c / OWN;
-      const uint32_t place = peer(&s.sums[s.plan.rank * TEAMS + team][c % OWN], owner), ready = peer(&s.sums_ready, owner);
+      const uint32_t place = peer(&s.sums[s.plan.rank * TEAMS + team][c % OWN], owner),
+                     ready = peer(&s.sums_ready, owner);
       push4(place, y + 8 * p, ready);
       push4(place + 16, y + 8 * p + 4, ready);
     }
@@ -850,7 +1017,7 @@ struct Worker {  // one thread's view
     sums_parity ^= 1;
   }
 
-  // The cluster's sum joins x: thread i adds column i, so that a warp's 32 additions are 256 bytes side by side.
+  // Thread i adds column i, so that a warp's 32 additions are 256 bytes side by side, two requests to L2.
   __device__ void add_to_residual(long long* x_next) const {
     for (int c = thread_again(); c < OWN; c += WORKERS) {
       float sum = 0;
@@ -861,22 +1028,26 @@ struct Worker {  // one thread's view
     }
   }
 
-  // (4) One counter, one arrival a block, one thread a block that polls; the counter only ever grows.
+  // (4) One counter, one arrival a block, one thread a block that polls. The counter only ever grows, so
+  // there is nothing to reset and no phase to mix up; the difference is right even where 32 bits wrap round.
   __device__ void grid_barrier(unsigned target) const {
     workers_sync();  // (g)
     if (tid == 0) {
       unsigned* counter = &m.state->counter;
-      arrive_release(counter);
+      if (MUTANT != 11 || blockIdx.x != 0) arrive_release(counter);  // (4)
       const long long start = clock64();
-      for (unsigned seen; MUTANT != 8 && (int)((seen = load_acquire(counter)) - target) < 0;)
+      for (unsigned seen; MUTANT != 8 && (int)((seen = load_acquire(counter)) - target) < 0;)  // (4)
         if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_GRID, s.layer, target - seen);
     }
     workers_sync();  // (h)
   }
 
-  // S10 LM HEAD   math: logits = rows @ LNf(x), token = argmax   owner: a range of rows a block   reads V * C * 2 bytes
-  // (logit, token) are packed into 64 bits whose order as an integer is that of the logit, then of the smaller token;
-  // NaN counts as the largest, as in torch. The largest of all does not depend on the order of arrival.
+  // S10 LM HEAD
+  //   math    logits = rows @ LNf(x), token = argmax
+  //   owner   a block has rows first_row..last_row - 1
+  //   bytes   V * C * 2 / 132, 1.95 MB, 56 us          syncs   after (4); (F) (E) (c) a tile
+  //   why     packed into 64 bits, (logit, token) is ordered by logit, then by smaller token, NaN above all
+  //           as in torch; and an integer maximum does not depend on the order in which blocks arrive
   __device__ void lm_head(const Columns& x) {
     unsigned long long best = 0;
     for (int first = s.plan.first_row; first < s.plan.last_row; first += TILE_ROWS) {
@@ -884,7 +1055,7 @@ struct Worker {  // one thread's view
       const float logit = dot_tile(x, n, 0, false);
       if (row < n) {
         if (team_warp == 0 && lane % LANES < R) m.logits[token] = logit;
-        const uint32_t bits = __float_as_uint(logit);
+        const uint32_t bits = __float_as_uint(logit + 0.f);  // -0 becomes 0, its equal
         const uint32_t order = logit != logit ? ~0u : bits >> 31 ? ~bits : bits | 1u << 31;
         best = max(best, (unsigned long long)order << 32 | ~(uint32_t)token);
       }
@@ -895,16 +1066,45 @@ struct Worker {  // one thread's view
   }
 };
 
-// ------------------------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------------------------------
 // 8. The kernel
-// ------------------------------------------------------------------------------------------------------------------
+//
+// One thread, followed: thread 0 of rank 1 of cluster 5 of 2.8b (block 11), through one layer at T = 128.
+//   S0, S1   reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960; has columns 0..7 from (a) on
+//   S2       rows 1320..1439 of w_qkv, of head 5: k from dimension 40 on, and v; 15 tiles of 8 rows times its
+//            8 columns. It has the sum of a tile's first row, and pushes it to rank 0, lane 8 to rank 1
+//   S8, (1)  units 310..325
+//   S3, S5   rotates q[0] with q[10]; dimensions 0..7 of tokens 64, 84, 104, 124; after (e) it merges
+//            dimension 0 of the 10 warps, and pushes o, m and l to rank 0
+//   S8, (2)  units 326..337
+//   S7       rows 440..479 of w_out, to its columns 0..7 of y
+//   S9       pushes y[0..7] to rank 0; adds columns 1280, 1600, 1920, 2240 of the cluster's sum to x
+//   (4)      being thread 0, it is the one that arrives and polls
+//
+// Where the time goes, in a block with a head, same model and T, about, in us since the last (4). Bytes are
+// those that the block consumes in the step, with their time at an even share; `python bench.py --timeline`
+// prints and draws it for the GPU at hand.
+//
+//     at        MARK         done by then                bytes     even share
+//      1.4 us   NORM         S0, S1                                            latency: L2, shuffles, (b)
+//     17        QKV          S2: 120 rows                614 KB    17.7 us
+//     19-20     1            S8: 16 units; (1)           164 KB     4.7
+//     22        ATTEND       S3, S4; S5: 64 tokens        20 KB     0.6        latency: (d), (e)
+//     25        2            S8: 12 units; (2)           123 KB     3.5
+//     30-33     OUT, UNITS   S6; S7: 40 rows; the rest   205 KB     5.9
+//     34        3            S9: (3)                                           latency: pushes
+//     34.5      ADDED        S9: additions                                     latency: L2
+//     37        START        (4)                                               waits for the slowest block
+//
+// Steps without bytes are where the producer gains: it fills the ring, 205 KB, so that later steps go faster
+// than their even share. The layer's floor is 34.6 us; what is above it is mostly the wait at (4).
 
 __global__ void __launch_bounds__(WORKERS + 32, 1)
 fused_block(const __grid_constant__ Model m, const int first_layer, const int last_layer, const int lm_head) {
-  extern __shared__ uint8_t raw[];
+  extern __shared__ __align__(128) uint8_t raw[];
   Shared& s = *reinterpret_cast<Shared*>(raw);
   State& state = *m.state;
-  const int position = state.position, token = max(state.token, 0);
+  const int position = state.position, token = min(max(state.token, 0), V - 1);
   if (position >= CTX) return;  // no row left in the cache: all blocks leave, and nothing changes
 
   if (threadIdx.x == 0) {
@@ -930,43 +1130,49 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
   Columns x, xn1, xn2;
   Norms norms = w.load_norms(first_layer);
   if (first_layer == 0) w.read_embedding(token, x);
-  else w.read_residual(m.residual + s.rotation % 3 * C, x);
+  else w.read_residual(m.residual + s.rotation % 3 * C, x);             // S0
 
   for (int layer = first_layer; layer < last_layer; layer++) {
     const int step = layer - first_layer;
     long long* x_next = m.residual + (s.rotation + step + 1) % 3 * C;
-    long long* x_clear = m.residual + (s.rotation + step + 2) % 3 * C;  // all have read it: they have passed (4) since
+    long long* x_clear = m.residual + (s.rotation + step + 2) % 3 * C;  // chapter 4: all have read it
     if (w.tid == 0) s.layer = layer;
-    for (int c = (gridDim.x - 1 - blockIdx.x) * WORKERS + w.tid; c < C; c += gridDim.x * WORKERS) x_clear[c] = 0;
+    // The last blocks clear: they have no head, where there are fewer heads than clusters.
+    for (int c = (gridDim.x - 1 - blockIdx.x) * WORKERS + w.tid; c < C; c += gridDim.x * WORKERS)
+      x_clear[c] = 0;
 
-    const bool carries_x = blockIdx.x == gridDim.x - 1 && w.team == 0;  // x and the biases enter the sum once
+    // x and the two output biases must enter the sum once: the first team of the last block brings them.
+    const bool carries_x = blockIdx.x == gridDim.x - 1 && w.team == 0;
     for (int i = 0; i < COLS; i++) w.y[i] = carries_x ? x[i] : 0.f;
     w.normalize(x);                                                     // S1
     w.affine(x, norms.w1, norms.b1, xn1);
     w.affine(x, norms.w2, norms.b2, xn2);
+    const Columns& xn = MUTANT == 2 ? xn1 : xn2;
     for (int p = 0; carries_x && p < PIECES; p++) {
       axpy8(1, load16(m.layers[layer].b_out + w.column(8 * p)), w.y + 8 * p);
       axpy8(1, load16(m.layers[layer].b_down + w.column(8 * p)), w.y + 8 * p);
     }
 #ifdef TAPS
-    for (int i = 0; carries_x && i < COLS; i++) TAP(TAP_XN1 + w.column(i), xn1[i]), TAP(TAP_XN2 + w.column(i), xn2[i]);
+    for (int i = 0; carries_x && i < COLS; i++)
+      TAP(TAP_XN1 + w.column(i), xn1[i]), TAP(TAP_XN2 + w.column(i), xn2[i]);
 #endif
     MARK(MARK_NORM);
 
     int unit = plan.first_unit;
     for (int h = plan.cluster; h < NH; h += plan.clusters) {
       if (h != plan.cluster) workers_sync();                            // (f)
-      if (w.tid == 0) barrier_expect(&s.slice_ready, sizeof(s.slice_o) + sizeof(s.slice_ml));
+      if (w.tid == 0) barrier_expect(&s.slice_ready, sizeof(s.slice_o) + sizeof(s.slice_ml));  // (2)
       w.qkv_rows(xn1, h);                                               // S2
       MARK(MARK_QKV);
-      w.units(MUTANT == 2 ? xn1 : xn2, unit, min(unit + plan.filler, plan.last_unit));  // S8, while q, k, v travel
+      // S8, while q, k, v travel
+      w.units(xn, unit, min(unit + plan.filler, plan.last_unit));
       unit = min(unit + plan.filler, plan.last_unit);
       if (MUTANT != 9) wait(m, s, &s.qkv_ready, w.head_parity, SYNC_QKV);       // (1)
       MARK(MARK_1);
       w.rotate_and_append(layer, h, position);                          // S3, S4
       w.attend();                                                       // S5
       MARK(MARK_ATTEND);
-      w.units(xn2, unit, min(unit + plan.filler, plan.last_unit));      // S8, while m, l, o travel
+      w.units(xn, unit, min(unit + plan.filler, plan.last_unit));       // S8, while m, l, o travel
       unit = min(unit + plan.filler, plan.last_unit);
       if (MUTANT != 10) wait(m, s, &s.slice_ready, w.head_parity, SYNC_SLICE);  // (2)
       w.head_parity ^= 1;
@@ -974,7 +1180,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
       w.out_rows(h);                                                    // S6, S7
       MARK(MARK_OUT);
     }
-    w.units(MUTANT == 2 ? xn1 : xn2, unit, plan.last_unit);             // S8
+    w.units(xn, unit, plan.last_unit);                                  // S8
     MARK(MARK_UNITS);
     w.cluster_reduce();                                                 // S9, (3)
     MARK(MARK_3);
@@ -982,29 +1188,33 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     norms = w.load_norms(layer + 1);
     MARK(MARK_ADDED);
     if (layer + 1 == last_layer && !lm_head) break;                     // the end of the launch publishes x
-    w.grid_barrier(s.arrivals + (step + 1) * gridDim.x);                  // (4)
+    w.grid_barrier(s.arrivals + (step + 1) * gridDim.x);                // (4)
 #ifdef TIMELINE
     if (w.tid == 0) m.timeline[((size_t)blockIdx.x * (L + 1) + layer + 1) * MARKS + MARK_START] = global_ns();
 #endif
-    w.read_residual(x_next, x);
+    w.read_residual(x_next, x);                                         // S0
   }
   if (lm_head) {
-    w.normalize(x);
+    w.normalize(x);                                                     // S1, of the final LayerNorm
     w.affine(x, norms.w1, norms.b1, xn1);
     w.lm_head(xn1);                                                     // S10
   }
 
-  workers_sync();
+  // The last block of all, when every block has read State, makes it ready for the next launch; nobody waits.
+  workers_sync();                                                       // (g), for `finished`
   const int steps = last_layer - first_layer;
   if (w.tid == 0) {
     __threadfence();
-    if (atomicAdd(&state.finished, 1) == gridDim.x - 1) {  // the last block of all makes the state ready for a launch
+    if (atomicAdd(&state.finished, 1) == gridDim.x - 1) {
       __threadfence();
       state.finished = 0;
       state.rotation = (s.rotation + steps) % 3;
       state.arrivals = s.arrivals + (lm_head ? steps : steps - 1) * gridDim.x;
       if (lm_head) {
-        state.token = ~(uint32_t)atomicExch(&state.best, 0ull);
+        const unsigned long long best = atomicExch(&state.best, 0ull);
+        // from -FLT_MAX to FLT_MAX, in the order of S10
+        const bool finite = (uint32_t)(best >> 32) - (1u << 23) < 0xffu << 24;
+        state.token = finite ? (int)~(uint32_t)best : -1;
         m.history[position] = state.token;
         state.position = position + 1;
       }
@@ -1012,31 +1222,29 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------------------------------
 // 9. Host side
-// ------------------------------------------------------------------------------------------------------------------
+//
+// Why cooperative: (4) spins, so a block that cannot start before another ends would hang the grid. Two
+// launches at the same time could each get half of the multiprocessors, and wait for the other half for ever.
+// With the attribute the driver starts all blocks of a launch at once, or refuses.
 
 static cudaLaunchConfig_t configure(cudaLaunchAttribute (&attributes)[2], int clusters, void* stream) {
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {K, 1, 1};
-  attributes[1].id = cudaLaunchAttributeCooperative;  // the driver starts all blocks at once, or refuses
-  attributes[1].val.cooperative = 1;
+  attributes[0].id = cudaLaunchAttributeClusterDimension; attributes[0].val.clusterDim = {K, 1, 1};
+  attributes[1].id = cudaLaunchAttributeCooperative; attributes[1].val.cooperative = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(clusters * K);
-  config.blockDim = dim3(WORKERS + 32);
+  config.gridDim = dim3(clusters * K); config.blockDim = dim3(WORKERS + 32);
   config.dynamicSmemBytes = sizeof(Shared);
   config.stream = (cudaStream_t)stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
+  config.attrs = attributes; config.numAttrs = 2;
   return config;
 }
 
-// ------------------------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------------------------------
 // 10. Binding: plain C, called through ctypes. Functions return NULL, or what went wrong.
-// ------------------------------------------------------------------------------------------------------------------
 
-// How many clusters the current device holds at once: what it can, not what it should; a grid barrier over more of
-// them would wait for blocks that cannot start.
+// How many clusters the current device holds at once, each on multiprocessors of one group of the chip (GPC):
+// with clusters of 4 or 8 some are left over. The occupancy query takes the cluster attribute only.
 extern "C" const char* fused_prepare(int* clusters) {
   int device, multiprocessors;
   cudaLaunchAttribute attributes[2];
@@ -1053,8 +1261,10 @@ extern "C" const char* fused_prepare(int* clusters) {
   return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
 }
 
-extern "C" const char* fused_launch(const void* const* pointers, int clusters, int first_layer, int last_layer,
-                                    int lm_head, void* stream) {
+extern "C" const char* fused_launch(const void* const* pointers, int clusters, int first_layer,
+                                    int last_layer, int lm_head, void* stream) {
+  if (first_layer < 0 || first_layer >= last_layer || last_layer > L || (lm_head && last_layer < L))
+    return "no such range of layers: take 0 <= first < last <= L, and the LM head with the last layer only";
   Model m;
   memcpy(&m, pointers, sizeof(Model));
   cudaLaunchAttribute attributes[2];
@@ -1063,19 +1273,28 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
   return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
 }
 
-// For the emulator and for --explain, on machines without a GPU: the division of work, and the derived sizes.
-extern "C" void fused_plan(int block, int blocks, int position, Plan* plan) { *plan = make_plan(block, blocks, position); }
+// For tests and --explain, on machines without a GPU: the division of work, and the derived sizes.
+extern "C" void fused_plan(int block, int blocks, int position, Plan* plan) {
+  *plan = make_plan(block, blocks, position);
+}
 extern "C" void fused_sizes(int* workers, int* stages, int* shared_bytes) {
   *workers = WORKERS, *stages = STAGES, *shared_bytes = sizeof(Shared);
 }
 
-// ------------------------------------------------------------------------------------------------------------------
-// 11. Exercises
-// ------------------------------------------------------------------------------------------------------------------
+// ----------------------------------------------------------------------------------------------------------
+// 11. Exercises: edits worth trying, with what to expect of a token of 2.8b at T = 128 on an H200
 //
-// 1. Build with --cluster 4 for 2.8b (python bench.py --ablate does). Fewer blocks fit, so the stream is thinner; which
-//    share of the slowdown is that, and which is the longer way of (1) to (3)?
-// 2. Take the filler units away (filler = 0). The time of a block grows by what (1) and (2) take to travel.
-// 3. Replace to_fixed and add_relaxed by a float atomicAdd. How many of 1000 launches still agree in every bit?
-// 4. Let all threads poll in grid_barrier instead of one. Why is that slower, although nobody waits for (h) any more?
-// 5. Drop one line of the sync table and run python test_block.py. Which test sees it, and how often?
+// 1. K: `--cluster 1` and `--cluster 4` (python bench.py --ablate). Expect about +31 % and +4 %. With 1, a
+// head's rows all fall to one block; with 4, fewer blocks fit. Which of (1), (2), (3) gets longer, and does
+// it matter?
+// 2. build.py: ROWS 4 and 16 instead of 8. Expect about +3 %, as reductions come twice as often, and +68 %,
+// as only two tiles fit into the ring and the producer cannot run ahead.
+// 3. make_plan: filler = 0. The bits of y change, as every thread adds in another order. The block of a head
+// takes longer by what (1) and (2) take to travel; how much is that of a token?
+// 4. build.py: attention_kib = 0. Expect about +2 %: the blocks with a head arrive last at (4). make_plan:
+// KV_WEIGHT = 2. Nothing at T = 128, about +4 % at T = 2000.
+// 5. add_to_residual: let every block add all C of its own sums, without cluster_reduce. Expect about +3 %,
+// as K times as many additions meet in L2.
+// 6. to_fixed, add_relaxed: a float atomicAdd instead. In how many of 1000 launches do all bits agree?
+// 7. dot_tile: dots[1] for dots[2]. Find the interleaving of two warps that goes wrong, then count how often
+// it does. MUTANT 8, 9 and 10 drop (4), (1) and (2): expect test_block.py to see it in all of 200 launches.

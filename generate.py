@@ -12,7 +12,8 @@ examples:
   python generate.py --prompt "Call me" --tokens 500 --seed 7
   echo "The whale" | python generate.py --prompt - --temperature 0
   python generate.py --model EleutherAI/pythia-1b --revision step3000 --dtype bfloat16
-  python generate.py --model pythia-2.8b --random --device cuda      (speed only, no download)
+  python generate.py --model EleutherAI/pythia-2.8b --fused --prompt "The meaning of life is"
+  python generate.py --model pythia-2.8b --random --fused            (speed only, no download)
 
 Prompt and text go to standard output as they come, everything else to standard error. There the last line
 is one fact to compare: model, dtype, device, new tokens, ms a token, tokens/s. A ms a token is the wall time
@@ -51,9 +52,13 @@ def arguments(argv):
     add("--device", metavar="D", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
     add("--dtype", choices=("float32", "float16", "bfloat16"),
         help="of weights, activations and cache (default: float32 on a CPU, else float16)")
-    add("--fused", action="store_true", help="decode with the fused CUDA kernel (not part of this version)")
+    add("--fused", action="store_true",
+        help="decode with the kernel in fused_block.cu, one launch a token: needs float16, a GPU of compute "
+             "capability 9 or later, and nvcc, which compiles it once for each shape")
     add("--graph", action=argparse.BooleanOptionalAction, default=True,
         help="with --fused: replay a CUDA graph (default: yes)")
+    add("--explain", action="store_true",
+        help="print how the kernel would lay out this model's work on a GPU, and end; needs no GPU")
     return parser.parse_args(argv)
 
 
@@ -64,6 +69,9 @@ def main(argv=None):
 
     from model import DTYPES, Pythia, Refused
     try:
+        if args.explain:
+            from emulator import explain
+            return explain(config_of(args.model, args.revision))
         device = args.device or ("cuda" if torch.cuda.is_available() else
                                  "mps" if torch.backends.mps.is_available() else "cpu")
         dtype = args.dtype or ("float32" if device == "cpu" else "float16")
@@ -82,13 +90,29 @@ def main(argv=None):
         name += f"@{args.revision}" if args.revision else " (random weights)" if args.random else ""
         where = {"cpu": f"cpu ({torch.get_num_threads()} threads)", "mps": "mps"}.get(device)
         where = where or torch.cuda.get_device_name(device)
-        return stream(tokens, args.tokens, prompt, text, model.config, f"{name}, {dtype}, {where}")
+        how = "" if not args.fused else ", fused kernel" if args.graph else ", fused kernel without a graph"
+        return stream(tokens, args.tokens, prompt, text, model.config, f"{name}, {dtype}, {where}{how}")
     except Refused as refusal:
         sentence = str(refusal)
     except torch.OutOfMemoryError:
         sentence = f"{args.model} in {dtype} does not fit into {device}'s memory: take a smaller one, or cpu"
+    except RuntimeError as error:  # the kernel gave up waiting, or CUDA did not take the launch
+        sentence = str(error).partition("\n")[0]
     print("generate.py:", sentence, file=sys.stderr)
     return 2
+
+
+def config_of(name, revision):
+    """The Config of one of the ten sizes without looking further, or of any other checkpoint."""
+    from transformers import AutoConfig
+
+    from model import Config, Refused, loading
+    try:
+        return Config.from_name(name)
+    except Refused:
+        with loading(name, revision):
+            hf_config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+            return Config.from_transformers(hf_config)
 
 
 def stream(tokens, wanted, prompt, text, config, what):

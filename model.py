@@ -212,8 +212,9 @@ class Pythia(nn.Module):
         check_arguments(self.config, tokens, max_new_tokens, temperature, top_k, top_p)
         rng = torch.Generator(self.embed_in.device)
         rng.seed() if seed is None else rng.manual_seed(seed)
-        return self._generate(tokens.to(self.embed_in.device), max_new_tokens,
-                              Sampler(temperature, top_k, top_p, rng), self.fuse(graph=graph) if fused else None)
+        sampler = Sampler(temperature, top_k, top_p, rng)
+        return self._generate(tokens.to(self.embed_in.device), max_new_tokens, sampler,
+                              self.fuse(graph=graph) if fused else None)
 
     @torch.inference_mode()
     def _generate(self, tokens, max_new_tokens, sampler, fused):
@@ -223,10 +224,12 @@ class Pythia(nn.Module):
         x = self.body(tokens[None], cache, 0)[:, -1:]                             # prefill
         token = sampler(F.linear(x, self.embed_out)[0, 0])                        # from logits [V]
         steps = min(max_new_tokens - 1, self.config.context - pos)
-        later = fused.decode(token, pos, steps, sampler) if fused else self.decode(token, pos, steps, sampler, cache)
+        later = (fused.decode(token, pos, steps, sampler) if fused else
+                 self.decode(token, pos, steps, sampler, cache))
         for chosen in chain([int(token)], later):
             if chosen < 0:
-                raise Refused(f"the logits are not finite in {self.embed_out.dtype}: take dtype float32 or bfloat16")
+                raise Refused(f"the logits are not finite in {self.embed_out.dtype}: take dtype float32 or "
+                              "bfloat16, without fused")
             yield chosen
             if chosen in self.config.eos:
                 return
@@ -239,12 +242,12 @@ class Pythia(nn.Module):
             yield int(token)
 
     def fuse(self, cache=None, graph=True, cluster=None, **tuning):
-        """A `Fused` decoder: this model's weights, one kernel launch a token. Compiles the kernel the first time.
+        """A `Fused` decoder: this model's weights, one kernel launch a token.
 
-        `cache` (from `new_cache`) is shared with the reference, so that either can go on where the other stopped.
-        `graph` replays a captured CUDA graph; `cluster` and `tuning` are the constants of build.constants. Raises
-        Refused where the kernel cannot run: no CUDA GPU of compute capability 9 or later, another dtype than
-        float16, a shape it has no code for, no compiler.
+        Compiles the kernel the first time. `cache` (from `new_cache`) is shared with the reference, so that
+        either can go on where the other stopped. `graph` replays a captured CUDA graph; `cluster` and
+        `tuning` are arguments of build.constants. Raises Refused where the kernel cannot run: no CUDA GPU of
+        compute capability 9 or later, another dtype than float16, a shape it has no code for, no compiler.
         """
         return Fused(self, cache, graph, cluster, **tuning)
 
@@ -322,16 +325,16 @@ class Pythia(nn.Module):
 class Fused:
     """A decode step that is one launch of the kernel in fused_block.cu; made by `Pythia.fuse`.
 
-    It shares the model's weights and a key/value cache, and owns the few buffers that a launch works in. Token and
-    position live on the device (`state`), so a step needs nothing from the host and a captured one can be replayed.
+    It shares the model's weights and a key/value cache, and owns the few buffers that a launch works in.
+    Token and position live on the device (`state`), so a step needs nothing from the host.
     """
-    FIXED_ONE = 2.0**24                                                           # 1 in the residual's fixed point
+    FIXED_ONE = 2.0**24                                                           # 1 in fixed point
 
     def __init__(self, model, cache, graph, cluster, **tuning):
         from build import constants, device_arch, load
-        c, device = model.config, model.embed_in.device
-        if device.type != "cuda" or model.embed_in.dtype != torch.float16:
-            raise Refused(f"the fused kernel runs float16 on a CUDA GPU, not {model.embed_in.dtype} on {device.type}: "
+        c, device, dtype = model.config, model.embed_in.device, model.embed_in.dtype
+        if device.type != "cuda" or dtype != torch.float16:
+            raise Refused(f"the fused kernel runs float16 on a CUDA GPU, not {dtype} on {device.type}: "
                           "take dtype float16 and device cuda, or leave fused out")
         arch, sms = device_arch(device), torch.cuda.get_device_properties(device).multi_processor_count
         self.defines = constants(c, arch, cluster, sms=sms, **tuning)
@@ -342,25 +345,32 @@ class Fused:
             check(self.library.fused_prepare(ctypes.byref(clusters)))
         self.clusters, size = clusters.value, self.defines["CLUSTER"]
         if self.clusters * size * 2 < sms:
-            raise Refused(f"this GPU has room for {self.clusters} clusters of {size} blocks at once, on {sms} "
-                          "multiprocessors: end what else runs on it, or take a smaller cluster")
+            raise Refused(f"this GPU has room for {self.clusters} clusters of {size} blocks at once, on "
+                          f"{sms} multiprocessors: end what else runs on it, or take a smaller cluster")
+        sizes = [ctypes.c_int() for _ in range(3)]
+        self.library.fused_sizes(*map(ctypes.byref, sizes))
+        self.workers, self.stages, self.shared_bytes = (i.value for i in sizes)
         cache = model.new_cache() if cache is None else cache
         shape = (c.n_layer, 2, 1, c.n_head, c.context, c.head_size)
-        if (cache.shape, cache.dtype, cache.device) != (shape, torch.float16, device) or not cache.is_contiguous():
-            raise Refused(f"the cache is {list(cache.shape)} {cache.dtype} on {cache.device}, the model needs "
-                          f"{list(shape)} torch.float16 on {device}, contiguous: take one from new_cache()")
+        found = (cache.shape, cache.dtype, cache.device)
+        if found != (shape, torch.float16, device) or not cache.is_contiguous():
+            raise Refused(f"the cache is {list(cache.shape)} {cache.dtype} on {cache.device}, the model "
+                          f"needs {list(shape)} torch.float16 on {device}, contiguous: take one from "
+                          "new_cache()")
         self.config, self.device, self.cache, self.use_graph, self.graph = c, device, cache, graph, None
-        self.state = torch.zeros(16, dtype=torch.int32, device=device)            # token, position, ...: State
+        self.state = torch.zeros(16, dtype=torch.int32, device=device)            # the kernel's State
         self.residual = torch.zeros(3, c.hidden, dtype=torch.int64, device=device)
         self.logits = torch.zeros(c.vocab, device=device)
-        self.history = torch.zeros(c.context, dtype=torch.int32, device=device)   # the token chosen at a position
-        self.failure = torch.zeros(4, dtype=torch.int32).pin_memory()             # still there after a failure
+        self.history = torch.zeros(c.context, dtype=torch.int32, device=device)   # tokens chosen, by position
+        self.failure = torch.zeros(4, dtype=torch.int32).pin_memory()             # outlives the CUDA context
         self.taps = torch.zeros(6 * c.hidden + c.mlp, device=device)
         self.timeline = torch.zeros(sms, c.n_layer + 1, 10, dtype=torch.int64, device=device)
-        tensors = [t for b in model.blocks for t in (b.ln1_w, b.ln1_b, b.ln2_w, b.ln2_b, b.w_qkv, b.b_qkv, b.w_out,
-                                                     b.b_out, b.w_up, b.b_up, b.w_down, b.b_down)]
-        tensors += [model.embed_in, model.lnf_w, model.lnf_b, model.embed_out, model.rope_cos, model.rope_sin, cache,
-                    self.residual, self.logits, self.history, self.state, self.failure, self.taps, self.timeline]
+        tensors = [t for b in model.blocks for t in (
+            b.ln1_w, b.ln1_b, b.ln2_w, b.ln2_b, b.w_qkv, b.b_qkv, b.w_out, b.b_out, b.w_up, b.b_up, b.w_down,
+            b.b_down)]
+        tensors += [model.embed_in, model.lnf_w, model.lnf_b, model.embed_out, model.rope_cos, model.rope_sin,
+                    cache, self.residual, self.logits, self.history, self.state, self.failure, self.taps,
+                    self.timeline]
         # views of the memory itself: it stays as long as this object, whatever becomes of the model
         self.tensors = [t.detach() for t in tensors]
         if any(t.data_ptr() % 16 or not t.is_contiguous() for t in self.tensors):
@@ -368,26 +378,32 @@ class Fused:
         self.pointers = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in self.tensors))
 
     def __call__(self, tokens, cache, pos):
-        """Logits [1, 1, V] fp32 of one token [1, 1] at `pos`: the signature of the reference's decode step."""
+        """Logits [1, 1, V] fp32 of one token [1, 1] at `pos`, with the reference's signature."""
         if tokens.shape != (1, 1) or cache is not self.cache:
-            raise Refused("a fused step takes one token and the cache it was made with: take the model for others")
+            raise Refused("a fused step takes one token and the cache it was made with: take the model for "
+                          "others")
         self.start(tokens, pos)
         self.launch(0, self.config.n_layer, lm_head=True)
-        return self.logits.view(1, 1, -1)
+        return self.logits.clone().view(1, 1, -1)
 
     def start(self, token, pos):
         """Makes `token` (int or tensor of one) at position `pos` the input of the next step."""
         if not 0 <= pos < self.config.context:
-            raise Refused(f"position {pos} is past the last of {self.config.context}: shorten the prompt, or ask "
-                          "for fewer tokens")
+            raise Refused(f"position {pos} is not one of the {self.config.context}: shorten the prompt, or "
+                          "ask for fewer tokens")
         self.state[0:1].copy_(torch.as_tensor(token).view(1))
         self.state[1] = pos
 
     def launch(self, first_layer, last_layer, lm_head):
-        """Layers first_layer..last_layer - 1 on the current stream; from 0 with the embedding, `lm_head` with S10."""
+        """Layers first_layer..last_layer - 1 on the current stream.
+
+        From layer 0 on, x is the token's embedding; later, what the last launch left. With `lm_head`, logits
+        and argmax follow, and the position advances.
+        """
         with torch.cuda.device(self.device):
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            check(self.library.fused_launch(self.pointers, self.clusters, first_layer, last_layer, int(lm_head), stream))
+            check(self.library.fused_launch(self.pointers, self.clusters, first_layer, last_layer,
+                                            int(lm_head), stream))
 
     def step(self, sampler=None):
         """One token, without waiting for it: replays the step, captured the first time, or launches it.
@@ -411,14 +427,14 @@ class Fused:
         self.graph, self.captured = torch.cuda.CUDAGraph(), sampler
         if sampler is not None and sampler.temperature > 0:
             drawn = sampler.rng.get_state()
-            sampler(self.logits)                                                  # loads what PyTorch loads lazily
+            sampler(self.logits)                                                  # loads PyTorch's kernels
             sampler.rng.set_state(drawn)
             self.graph.register_generator_state(sampler.rng)
         with torch.cuda.graph(self.graph):
             self.launch_and_choose(sampler)
 
     def decode(self, token, pos, steps, sampler=None):
-        """Yields `steps` tokens (ints) after `token` at `pos`; each is read while the GPU works on the next."""
+        """Yields `steps` tokens (ints) after `token` at `pos`, each read while the GPU makes the next."""
         if steps > 0:
             self.start(token, pos)
         reader, host = torch.cuda.Stream(self.device), torch.zeros(1, dtype=torch.int32).pin_memory()
@@ -443,12 +459,14 @@ class Fused:
             if sync == 0:
                 raise
             name = ["", "(1)", "(2)", "(3)", "(4)", "(F)", "(E)"][sync]
-            raise RuntimeError(f"the fused kernel waited too long at sync {name}, block {block}, layer {layer}, with "
-                               f"{seen} to come, and gave up: start a new process") from error
+            lacking = f", where {seen} blocks had not arrived," if sync == 4 else ""
+            raise RuntimeError(f"the fused kernel waited too long at sync {name}{lacking} in block {block}, "
+                               f"layer {layer}, and gave up: start a new process") from error
 
     def get_residual(self):
         """x [C] float64, as the last launch left it."""
-        return self.residual[int(self.state[2]) % 3].double() / self.FIXED_ONE
+        x = self.residual[int(self.state[2]) % 3].double() / self.FIXED_ONE
+        return x.where(x.abs() < 2.0**29, math.nan)                               # the kernel's FIXED_EDGE
 
     def set_residual(self, x):
         """Makes x [C] the input of the next launch that starts after layer 0."""
@@ -485,7 +503,8 @@ class Sampler:
             probs = logits[:self.top_k].nan_to_num().softmax(-1)
             if self.top_p:
                 probs = probs.where(probs.cumsum(-1) - probs < self.top_p, 0)     # likelier ones hold top_p
-            token = order[torch.multinomial(probs, 1, generator=self.rng)[0]]
+            # which of exponential clocks with these rates rings first; torch.multinomial waits for the device
+            token = order.take((probs / torch.empty_like(probs).exponential_(generator=self.rng)).argmax())
         return token.where(best.isfinite(), -1)
 
 

@@ -1,28 +1,62 @@
 """All tests: python test_block.py (prints a table) or pytest (prints only what fails).
 
-A row is: what was run, what was checked, the error, the largest error allowed, PASS or FAIL.
+A row is: what was run, what was checked, the error, the largest error allowed, PASS or FAIL. Tests of the
+fused kernel need a CUDA GPU of compute capability 9.0 or later, and are skipped elsewhere. On one,
+
+    python test_block.py --record       runs all tests and writes results/tests-<gpu>.txt
+    python test_block.py --sanitize     runs compute-sanitizer on the kernel and writes results/sanitizer.txt
 """
+import copy
+import ctypes
+import gc
 import http.server
+import importlib.metadata
 import io
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
+import torch.nn.functional as F
+from torch.utils import cpp_extension
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    DynamicCache,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 from transformers.utils import logging
 
+import build
 import generate
+from bench import exact_logits
+from emulator import (
+    SOURCE,
+    Emulator,
+    Plan,
+    fitting_clusters,
+    kernel_constants,
+    make_plan,
+    pack,
+    producer,
+)
 from model import SIZES, Config, Pythia, Refused
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -348,7 +382,7 @@ REFUSALS = {  # name: (what is done to a good checkpoint, arguments, words the s
     "top-p": (None, ["--top-p", "1.5"], ["top-p", "1.5"]),
     "tokens": (None, ["--tokens", "-5"], ["-5"]),
     "not a number": (None, ["--tokens", "many"], ["--tokens", "many"]),
-    "fused": (None, ["--fused"], ["fused"]),
+    "fused on a CPU": (None, ["--fused", "--device", "cpu"], ["float16", "CUDA", "cpu", "leave fused out"]),
 }
 
 
@@ -547,6 +581,1228 @@ def test_bad_tokens(tokens, words):
         Pythia.random(replace(Config.from_name("pythia-14m"), n_layer=1)).generate(tokens, 1)
 
 
-if __name__ == "__main__":
+# ------------------------------------------------------------------------- building the kernel, without a GPU
+
+def shape(name):
+    """The Config of a size, or of the embedded checkpoint."""
+    if name == "tiny-pythia":
+        return Config.from_transformers(AutoConfig.from_pretrained(TINY))
+    return Config.from_name(name)
+
+
+@pytest.fixture(scope="session")
+def nvcc():
+    try:
+        return build.nvcc()
+    except Refused as refusal:
+        return pytest.skip(str(refusal))
+
+
+@pytest.mark.parametrize("arch, names", [("sm_90a", ["tiny-pythia", *SIZES]),
+                                         ("sm_100a", ["pythia-14m", "pythia-2.8b", "pythia-12b"]),
+                                         ("sm_120a", ["pythia-14m", "pythia-2.8b", "pythia-12b"])])
+def test_compile(nvcc, arch, names):
+    """What ptxas says of the kernel: everything that a thread holds is in registers."""
+    def compiled(name):
+        start = time.perf_counter()
+        text = build.compile_only(build.constants(shape(name), arch), arch)
+        return text, time.perf_counter() - start
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(compiled, names))
+    for name, (text, _) in zip(names, results, strict=True):
+        frames = re.findall(r"(\d+) bytes (stack frame|spill stores|spill loads)", text)
+        local = sum(int(n) for n, _ in frames) if frames else math.inf
+        registers = max(int(n) for n in re.findall(r"Used (\d+) registers", text))
+        report(name, f"{arch}, {registers} registers: bytes in local memory", local, 0)
+    report("build.py", f"{arch}: seconds to compile, the slowest", max(seconds for _, seconds in results), 30)
+
+
+def report_refused(case, function, *words):
+    """A refusal within Python is one line, and has the words."""
+    try:
+        said = f"no refusal but {function()}"
+    except Refused as refusal:
+        said = str(refusal)
+    faults = [f"no {word!r}" for word in words if word not in said] + ["several lines"] * ("\n" in said)
+    report("refusal", case + (f": {faults} in {said!r}" if faults else ""), len(faults), 0)
+
+
+@pytest.fixture
+def forget_nvcc():
+    """build.py looks for nvcc once; these tests make it look again."""
+    build.nvcc.cache_clear()
+    yield
+    build.nvcc.cache_clear()
+
+
+def fake_nvcc(folder, monkeypatch, release="13.0"):
+    """Makes a script that only knows its version the nvcc of build.py."""
+    build.nvcc.cache_clear()
+    (folder / "bin").mkdir(exist_ok=True)
+    path = folder / "bin" / "nvcc"
+    path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(folder))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    return path
+
+
+def test_build_refusals(tmp_path, monkeypatch, forget_nvcc):
+    config = Config.from_name("pythia-14m")
+    defines = build.constants(config)
+    for case, fields, words in (("hidden size 64", {"hidden": 64}, ["hidden size 64"]),
+                                ("head size 8", {"n_head": 16}, ["head size 8"]),
+                                ("41 layers", {"n_layer": 41}, ["layers 41"]),
+                                ("LayerNorm eps", {"eps": 1e-6}, ["eps", "1e-06"])):
+        wrong = replace(config, **fields)
+        report_refused(case, lambda wrong=wrong: build.constants(wrong), "run without fused", *words)
+    report_refused("clusters of 3", lambda: build.constants(config, cluster=3), "3", "1, 2, 4 or 8")
+    for dtype in (torch.float32, torch.float16):
+        model = Pythia.random(replace(config, n_layer=1), dtype=dtype)
+        report_refused(f"fuse {dtype} on a CPU", model.fuse, str(dtype), "cpu", "CUDA GPU", "leave fused out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        report_refused("no GPU", lambda: build.device_arch("cuda"), "no CUDA GPU", "run without fused")
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+        report_refused("GPU of 8.6", lambda: build.device_arch("cuda"), "8.6", "sm_90a", "run without fused")
+    with monkeypatch.context() as patch:
+        patch.setattr(cpp_extension, "CUDA_HOME", None)
+        patch.setenv("PATH", str(tmp_path))
+        report_refused("no nvcc", build.nvcc, "nvcc is not found", "CUDA_HOME")
+    fake_nvcc(tmp_path, monkeypatch, release="12.4")
+    report_refused("nvcc older than torch's CUDA", build.nvcc, "12.4", "13.0", "install the matching toolkit")
+    path = fake_nvcc(tmp_path, monkeypatch)
+    path.write_text(path.read_text() + "echo 'x.cu(7): error: no' >&2; test \"$1\" = --version\n")
+    report_refused("kernel that does not compile", lambda: build.compile_only(defines, "sm_90a"), "sm_90a",
+                   "x.cu(7): error")
+    (tmp_path / "file").touch()  # what a folder without permission is to others, this is also to root
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    report_refused("cache that cannot be written", lambda: build.load(defines, "sm_90a"), "writable",
+                   "TORCH_EXTENSIONS_DIR")
+    monkeypatch.setattr(sys, "argv", ["build.py", "--arch", "sm_80"])
+    with redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as end:
+        build.main()
+    faults = [end.value.code != 2, "sm_80" not in err.getvalue(), "sm_90a" not in err.getvalue()]
+    report("refusal", "build.py --arch sm_80", sum(faults), 0)
+
+
+def test_build_cache(tmp_path, monkeypatch, forget_nvcc):
+    """torch's compiler is replaced by one that is killed, one that fails, and one that takes a while."""
+    fake_nvcc(tmp_path, monkeypatch)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: path)
+    defines, locks = build.constants(Config.from_name("pythia-14m")), []
+
+    def killed(name, sources, build_directory, **_):
+        Path(build_directory, "lock").touch()  # torch's own lock, on which its next call would wait for ever
+        raise KeyboardInterrupt
+
+    def failing(name, sources, build_directory, **_):
+        raise RuntimeError("ninja: stopped\nfused_block.cu(1): error: nonsense\n")
+
+    def slow(name, sources, build_directory, **_):
+        locks.append(Path(build_directory, "lock").exists())
+        time.sleep(0.3)
+        Path(build_directory, name + ".so").touch()
+
+    def load(compiler):
+        monkeypatch.setattr(cpp_extension, "load", compiler)
+        return build.load(defines, "sm_90a")
+    with redirect_stderr(io.StringIO()):
+        with pytest.raises(KeyboardInterrupt):
+            load(killed)
+        report_refused("kernel that torch does not compile", lambda: load(failing), "error: nonsense")
+        with pytest.raises(KeyboardInterrupt):
+            load(killed)
+        with ThreadPoolExecutor(2) as pool:
+            libraries = set(pool.map(load, [slow, slow]))
+    report("build.py", "locks of a killed build still there", sum(locks), 0)
+    report("build.py", "compilations unlike 1 when two want the same", abs(len(locks) - 1), 0)
+    report("build.py", "libraries unlike 1", abs(len(libraries) - 1), 0)
+    other = load(killed)  # would raise if it compiled
+    report("build.py", "compilations of what is cached", int(other not in libraries), 0)
+
+
+def test_record_is_current():
+    """The GPU machine's table in results/ is of this kernel."""
+    records = list(Path(HERE, "results").glob("tests-*.txt"))
+    stale = [path.name for path in records if build.kernel_hash() not in path.read_text()]
+    faults = stale or ["no record"] * (not records)
+    advice = ": run python test_block.py --record on a GPU" if faults else ""
+    report("record", f"GPU records not of this kernel{advice}", len(faults), 0)
+
+
+def test_readme_links():
+    """What README.md links to is there; a link to a line has words of it: its title, or its text."""
+    readme, faults, lines = Path(HERE, "README.md").read_text(), [], 0
+    link = r'\[([^\]]*)\]\(([^)#:\s]+)(?:#L(\d+))?(?: "([^"]*)")?\)'
+    for text, target, line, title in re.findall(link, readme):
+        if not Path(HERE, target).exists():
+            faults.append(f"no file {target}")
+        elif line:
+            words, lines = title or text, lines + 1
+            code = Path(HERE, target).read_text().splitlines()
+            where = [i for i, row in enumerate(code, 1) if words in row]
+            if where != [int(line)]:
+                faults.append(f"{words!r} is in lines {where} of {target}, not {line}")
+    report("README.md", f"links that lead elsewhere {faults or ''}", len(faults), 0)
+    report("README.md", "links to a line that were not looked at", readme.count("#L") - lines, 0)
+    report("README.md", "no link to a line at all", int(lines == 0), 0)
+
+
+# ---------------------------------------------------------------------------- the kernel's dataflow, in numpy
+
+CLUSTERS = (1, 2, 4, 8)
+EMULATED_POSITIONS = (0, 1, 17, 1000, 2047)
+
+
+def unlike_once(pieces, size, once):
+    """How many of `size` things the pieces [(first, n)] cover not once; or, from thing `once` on, at all."""
+    steps = np.zeros(size + 1, np.int64)
+    first, n = np.array(pieces, np.int64).reshape(-1, 2).T
+    np.add.at(steps, first, 1)
+    np.add.at(steps, first + n, -1)
+    return int((steps.cumsum()[:-1] != (np.arange(size) < once)).sum())
+
+
+def uncovered(k, blocks, position):
+    """How many rows of a layer and of the LM head, and cached tokens, the blocks do not copy exactly once."""
+    rows = {"w_qkv": 3 * k.C, "w_out": k.C, "w_up": k.F, "w_down": k.F, "embed_out": k.V}
+    pieces = {name: [] for name in rows} | {h: [] for h in range(k.NH)}
+    for block in range(blocks):
+        plan = make_plan(k, block, blocks, position)
+        for stage in producer(k, plan, 0, 1, position == EMULATED_POSITIONS[0]):  # LM-head rows depend on no position
+            pieces[stage.head if stage.matrix == "kv" else stage.matrix].append((stage.first, stage.n))
+    if position != EMULATED_POSITIONS[0]:
+        del rows["embed_out"]
+    return (sum(unlike_once(pieces[name], n, n) for name, n in rows.items())
+            + sum(unlike_once(pieces[h], k.CTX, position) for h in range(k.NH)))
+
+
+def unshared(k):
+    """What has not one owner within a tile: columns (a thread), rows (a team), tokens (some lanes)."""
+    tokens = [t for base in range(k.WARPS * k.WARP_TOKENS) for t in range(base, k.KV_TOKENS, k.STRIDE)]
+    return sum(sorted(owned) != list(range(n)) for owned, n in (
+        (k.column.ravel(), k.C), (k.row[:, :k.R].ravel(), k.TILE_ROWS), (tokens, k.KV_TOKENS)))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_coverage(name):
+    """Who copies and uses what, at every cluster size and as many clusters as an H200 holds."""
+    wrong = [0, 0]
+    for cluster in CLUSTERS:
+        k = kernel_constants(build.constants(Config.from_name(name), cluster=cluster))
+        blocks = fitting_clusters(cluster, 132) * cluster
+        wrong[0] += sum(uncovered(k, blocks, position) for position in EMULATED_POSITIONS)
+        wrong[1] += unshared(k)
+    report(name, "rows and cached tokens not copied exactly once", wrong[0], 0)
+    report(name, "parts of a tile without exactly one owner", wrong[1], 0)
+
+
+def small_model(name):
+    if name == "tiny-pythia":
+        return Pythia.from_pretrained(TINY).double()
+    model = Pythia.random(replace(Config.from_name(name), n_layer=2, vocab=1003), seed=7, dtype=torch.float16)
+    return model.double()
+
+
+def filled_cache(model, position):
+    """A float64 cache with random keys and values before `position`, NaN from there on."""
+    cache = model.new_cache().fill_(float("nan"))
+    cache[..., :position, :].normal_(generator=torch.Generator().manual_seed(position))
+    return cache
+
+
+def untouched(grid, layers, lm_head):
+    """How many weights and tokens of these layers and the LM head the last launch did not use once."""
+    matrices = [grid.touched[name][i] for name in ("w_qkv", "w_out", "w_up", "w_down") for i in layers]
+    wrong = sum(int((counts != 1).sum()) for counts in matrices)
+    tokens = np.arange(grid.k.CTX) <= grid.position
+    wrong += sum(int((grid.touched["kv"][i] != tokens).sum()) for i in layers)
+    return wrong + int((grid.touched["embed_out"][-1] != lm_head).sum())
+
+
+@pytest.mark.parametrize("name, positions", [("tiny-pythia", (0, 100)), ("pythia-14m", (1, 17, 700)),
+                                             ("pythia-70m", (0, 130))])
+@torch.inference_mode()
+def test_emulator(name, positions):
+    """One block, and a whole step, against model.py in float64, with few clusters and with more than heads.
+
+    The limits are those of fixed point; all other arithmetic is float64. A cluster's sum is off by up to half
+    a unit, so a block by clusters / 2 units (and a tenth for float64). Logits, in standard deviations, and k and
+    v are allowed 2 units for each cluster and layer. The kernel's unit is 2^-24, 6e-8; here it is 2^-36, so that
+    a mistake has less to hide behind.
+    """
+    model, unit = small_model(name), 2.0**-36
+    L, C, V = model.config.n_layer, model.config.hidden, model.config.vocab
+    block, step, cached, unused, wrong = [], [], [], 0, 0
+    for cluster, clusters in ((1, 5), (2, 3), (4, model.config.n_head + 2), (8, 1)):
+        for position in positions:
+            cache = filled_cache(model, position)
+            grid = Emulator(model, clusters, cache, 1 / unit, cluster=cluster)
+            rng = torch.Generator().manual_seed(position)
+            x = (torch.randn(C, generator=rng, dtype=torch.float64) / unit).round() * unit
+            token = int(torch.randint(V, (), generator=rng))
+
+            grid.residual[grid.rotation] = grid.to_fixed(x.numpy())
+            grid.launch(token, position, 1, 2, lm_head=False)
+            truth = model.blocks[1](x.view(1, 1, C), cache[1], position)[0, 0].numpy()
+            block.append(np.abs(grid.x() - truth).max() / unit / (clusters / 2 + 0.1))
+            unused += untouched(grid, [1], False)
+
+            grid.launch(token, position)
+            truth = model(torch.tensor([[token]]), cache, position)[0, 0].numpy()
+            step.append(np.abs(grid.logits - truth).max() / truth.std() / unit / (2 * clusters * L))
+            new = (grid.cache - cache)[..., position, :]
+            cached.append(new.abs().max().item() / unit / (2 * clusters * L))
+            unused += untouched(grid, range(L), True)
+            wrong += int(grid.token != truth.argmax())
+    report(name, "emulated block: error / fixed point's", np.max(block), 1)
+    report(name, "emulated step, logits: error / fixed point's", np.max(step), 1)
+    report(name, "emulated step, new k and v: error / fixed point's", np.max(cached), 1)
+    report(name, "emulated steps with another token than float64", wrong, 0)
+    report(name, "weights and tokens not used exactly once", unused, 0)
+
+
+def test_pack():
+    """The argmax's integers are ordered as torch orders logits: NaN above all, then the first of equals."""
+    logits = [-float("nan"), float("inf"), 3.0, 1e-40, 0.0, -1e-40, -2.0, float("-inf")]
+    packed = [pack(logit, token) for logit in logits for token in (0, 1, 50303)]
+    wrong = sum(a <= b for a, b in pairwise(packed))
+    report("emulator", "pairs of packed (logit, token) in the wrong order", wrong, 0)
+
+
+@torch.inference_mode()
+def test_emulator_half(monkeypatch):
+    """With the kernel's own unit, fp16 weights and cache: the truth rounds k and v too, and nothing else."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def of_rounded(q, k, v, *args, **kw):
+        return attention(q, k.half().double(), v.half().double(), *args, **kw)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", of_rounded)
+    model = Pythia.random(replace(Config.from_name("pythia-14m"), n_layer=1, vocab=1003), dtype=torch.float16)
+    cache = filled_cache(model, 50)
+    grid = Emulator(model, 6, cache, cluster=2)
+    grid.launch(11, 50, lm_head=False)
+    model, cache = model.double(), cache.double()
+    truth = model.blocks[0](model.embed_in[11].view(1, 1, -1), cache[0], 50)[0, 0].numpy()
+    unit = 1 / kernel_constants(build.constants(model.config)).FIXED_ONE
+    error = np.abs(grid.x() - truth).max() / unit
+    report("pythia-14m", "fp16, 6 clusters of 2: block, units of fixed point", error, 3)
+    new = (grid.cache[..., 50, :] != cache[..., 50, :].half()).sum().item()
+    report("pythia-14m", "fp16: new k, v unlike the rounded truth", new, 0)
+
+
+@torch.inference_mode()
+def test_order_of_clusters():
+    """x has the same bits in whatever order clusters add to it; the same sums in fp32 do not."""
+    model = small_model("tiny-pythia")
+    cache, runs = filled_cache(model, 9), []
+    for seed in range(6):
+        grid, parts = Emulator(model, 30, cache, cluster=1), []
+        grid.to_fixed = lambda v, grid=grid, parts=parts: (parts.append(v), Emulator.to_fixed(grid, v))[1]
+        grid.launch(5, 9, last_layer=2, lm_head=False, rng=np.random.default_rng(seed))
+        in_fp32 = np.zeros(model.config.hidden, np.float32)
+        for part in parts[-30:]:
+            in_fp32 += part.astype(np.float32)
+        runs.append((grid.residual.tobytes(), in_fp32.tobytes()))
+    integers, floats = (len(set(results)) for results in zip(*runs, strict=True))
+    report("tiny-pythia", "different x of 6 orders of clusters, beyond the first", integers - 1, 0)
+    report("tiny-pythia", "control: all fp32 sums of these orders are the same", int(floats == 1), 0)
+
+
+# ------------------------------------------------ constants and plan: the kernel's C++ against the emulator's
+
+VARIANTS = [(name, cluster) for name in SIZES for cluster in CLUSTERS]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Constants, Plan and make_plan of fused_block.cu as plain C++, for each of VARIANTS; and the names."""
+    compiler = shutil.which("c++")
+    if not compiler:
+        pytest.skip("no C++ compiler (c++) on this machine")
+    sizes = "\n".join(re.findall(r"^(?:__host__ __device__ )?constexpr .*", SOURCE, re.MULTILINE))
+    plan = re.search(r"^struct Plan \{.*?^\};", SOURCE, re.MULTILINE | re.DOTALL)[0]
+    plan += re.search(r"^[^\n]*Plan make_plan\(.*?^\}", SOURCE, re.MULTILINE | re.DOTALL)[0]
+    names = re.findall(r"\b(\w+) = ", "".join(re.findall(r"constexpr (?:int|float|long long) [^;]*;", sizes)))
+    text = "#define __host__\n#define __device__\n"
+    for n, (name, cluster) in enumerate(VARIANTS):
+        for macro, value in build.constants(Config.from_name(name), cluster=cluster).items():
+            text += f"#undef {macro}\n#define {macro} {value}\n"
+        text += (f"#undef MUTANT\nnamespace v{n} {{\n{sizes}\n{plan}\n}}\n"
+                 f'extern "C" {{ void plan_{n}(int a, int b, int c, v{n}::Plan* p) '
+                 f'{{ *p = v{n}::make_plan(a, b, c); }}\n'
+                 f'double sizes_{n}[] = {{{", ".join(f"double(v{n}::{name})" for name in names)}}}; }}\n')
+    folder = tmp_path_factory.mktemp("compiled")
+    (folder / "plan.cpp").write_text(text)
+    arguments = ["-std=c++17", "-shared", "-fPIC", "-o", folder / "plan.so", folder / "plan.cpp"]
+    subprocess.run([compiler, *arguments], check=True)
+    return ctypes.CDLL(str(folder / "plan.so")), names
+
+
+def plan_of(function, *args):
+    plan = (ctypes.c_int * len(Plan._fields))()
+    function(*args, plan)
+    return tuple(plan)
+
+
+def test_constants_and_plan(compiled):
+    """Every constant (as fp32) and every block's plan: as a C++ compiler and the emulator understand them."""
+    library, names = compiled
+    sizes, plans, count = 0, 0, 0
+    for n, (name, cluster) in enumerate(VARIANTS):
+        k = kernel_constants(build.constants(Config.from_name(name), cluster=cluster))
+        function = getattr(library, f"plan_{n}")
+        values = (ctypes.c_double * len(names)).in_dll(library, f"sizes_{n}")
+        ours = [getattr(k, name) for name in names]
+        sizes += int((np.float32(ours) != np.float32(values)).sum())
+        for clusters in (1, 3, fitting_clusters(cluster, 132)):
+            for position in EMULATED_POSITIONS:
+                for block in range(clusters * cluster):
+                    args = block, clusters * cluster, position
+                    plans += plan_of(function, *args) != tuple(make_plan(k, *args))
+                    count += 1
+    report("emulator", f"sizes unlike C++'s, of {len(names) * len(VARIANTS)}", sizes, 0)
+    report("emulator", f"plans unlike C++'s, of {count}", plans, 0)
+
+
+def test_library_without_gpu(tmp_path):
+    """The library as users have it loads without a GPU, and exports the emulator's plans and sizes."""
+    try:
+        nvcc = build.nvcc()
+    except Refused as refusal:
+        pytest.skip(str(refusal))
+    defines = build.constants(Config.from_name("pythia-2.8b"))
+    arguments = [*build.flags(defines, "sm_90a"), "-shared", "-Xcompiler", "-fPIC", "-o", tmp_path / "kernel.so"]
+    subprocess.run([nvcc, *arguments, build.SOURCE], check=True, capture_output=True)
+    library, k = ctypes.CDLL(str(tmp_path / "kernel.so")), kernel_constants(defines)
+    sizes = [ctypes.c_int() for _ in range(3)]
+    library.fused_sizes(*map(ctypes.byref, sizes))
+    workers, stages, shared_bytes = (size.value for size in sizes)
+    report("pythia-2.8b", "workers and stages of the library unlike the emulator's",
+           abs(workers - k.WORKERS) + abs(stages - k.STAGES), 0)
+    wrong = sum(plan_of(library.fused_plan, block, 132, position) != tuple(make_plan(k, block, 132, position))
+                for block in range(132) for position in EMULATED_POSITIONS)
+    report("pythia-2.8b", "plans of the library unlike the emulator's", wrong, 0)
+    report("pythia-2.8b", "bytes of shared memory", shared_bytes, k.SHARED_BYTES)
+
+
+def test_constants_refused():
+    """The kernel's static_asserts hold here too: sizes that it cannot be compiled for are refused."""
+    good = build.constants(Config.from_name("pythia-2.8b"))
+    for field, value, words in (("ROWS", 3, "power of two"), ("ROWS", 32, "two tiles"),
+                                ("HEADS", 16, "as wide"), ("CLUSTER", 16, "evenly"),
+                                ("THREADS", 1024, "1024 threads")):
+        with pytest.raises(Refused, match=words):
+            kernel_constants(good | {field: value})
+
+
+# --------------------------------------------------------------------------------- the fused kernel, on a GPU
+
+DEVICE = "cuda"
+POSITIONS = (0, 1, 15, 16, 17, 63, 64, 65, 511, 1000, 2046, 2047)
+SOME_POSITIONS = (0, 1, 17, 65, 1000, 2047)
+MUTANTS = {0: "nothing broken", 1: "a peer's part of o left out", 2: "LN1 for LN2", 3: "RoPE's sign flipped",
+           4: "a team's part of y left out", 5: "the last tile of tokens missed", 6: "GELU by tanh",
+           7: "biases left out"}
+DROPPED = {8: "(4)", 9: "(1)", 10: "(2)"}
+
+
+def why_no_gpu():
+    """Why the kernel cannot run on this machine; empty if it can."""
+    try:
+        return build.device_arch(DEVICE) and ""
+    except Refused as refusal:
+        return str(refusal)
+
+
+def cut(name, **fields):
+    """The Config of a size with 2 layers and 512 words: one of its blocks is what is looked at."""
+    return replace(Config.from_name(name), **{"n_layer": 2, "vocab": 512} | fields)
+
+
+def multiprocessors():
+    return torch.cuda.get_device_properties(DEVICE).multi_processor_count
+
+
+CHI_SQUARE = cut("pythia-14m", n_layer=1, vocab=40, eos=())
+SHORT = cut("pythia-14m", context=64, eos=())
+SYNCS = replace(Config.from_name("pythia-31m"), vocab=512)  # in LAUNCHES, below
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    """Compiles what the tests below run, side by side; without a GPU it skips them."""
+    if reason := why_no_gpu():
+        pytest.skip(reason)
+    tiny, middle = shape("tiny-pythia"), cut("pythia-160m")
+    jobs = [(cut(name), cluster, {}) for name in SIZES for cluster in CLUSTERS]
+    jobs += [(config, None, {}) for config in (*map(Config.from_name, SIZES), CHI_SQUARE, SHORT, SYNCS)]
+    jobs += [(tiny, cluster, {}) for cluster in (None, *CLUSTERS)]
+    jobs += [(cut(name), None, {"TAPS": 1}) for name in SIZES]
+    jobs += [(middle, None, {"TAPS": 1, "MUTANT": k}) for k in MUTANTS]
+    jobs += [(SYNCS, None, {"MUTANT": k}) for k in (0, 11, *DROPPED)]
+    arch, sms = build.device_arch(DEVICE), multiprocessors()
+    defines = [build.constants(config, arch, cluster, sms=sms, extra=more) for config, cluster, more in jobs]
+
+    def compiled(job):
+        try:
+            build.load(job, arch)
+        except Refused:
+            pass  # and so will the test that needs it
+    with redirect_stderr(io.StringIO()), ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compiled, {repr(job): job for job in defines}.values()))
+
+
+gpu = pytest.mark.usefixtures("kernels")
+
+
+def random_half(config):
+    return Pythia.random(config, 1, torch.float16, DEVICE)
+
+
+def tiny_half(dtype=torch.float16):
+    """The embedded checkpoint on the GPU, with texts that do not end by themselves."""
+    model = Pythia.from_pretrained(TINY, dtype=dtype, device=DEVICE)
+    model.config = replace(model.config, eos=())
+    return model
+
+
+def hard_input(C, rng):
+    """x [C] fp16 around 1, with outliers of 30 and more."""
+    x = torch.randn(C, generator=rng, device=DEVICE) + 1
+    x[::97] *= 30
+    return x.half()
+
+
+def against(ours, theirs, exact, norms=(2, math.inf)):
+    """(ratio, our error, PyTorch fp16's) against float64, in the norm (of `norms`) with the worse ratio."""
+    found = []
+    for norm in norms:
+        mine, fp16 = (torch.linalg.vector_norm(t.double().flatten() - exact.flatten(), norm)
+                      / torch.linalg.vector_norm(exact.flatten(), norm) for t in (ours, theirs))
+        ratio = float(mine / fp16)
+        found.append((ratio if math.isfinite(ratio) else math.inf, float(mine), float(fp16)))
+    return max(found)
+
+
+def launch_block(fused, x, pos):
+    """y [C] float64 of layer 1 alone, for x [C] at `pos`; the buffer that the launch clears holds garbage."""
+    fused.start(0, pos)
+    fused.set_residual(x.nan_to_num(0, 0, 0))
+    rotation = int(fused.state[2])
+    fused.residual[rotation % 3][~x.isfinite()] = 1 << 54  # FIXED_NAN
+    fused.residual[(rotation + 2) % 3] = 1 << 60
+    fused.launch(1, 2, lm_head=False)
+    return fused.get_residual()
+
+
+class Watched:
+    """Moves what a launch may write into the middle of larger buffers; counts changes elsewhere, in bytes."""
+    MARGIN = 4096
+
+    def __init__(self, fused):
+        self.fused, self.wholes = fused, {}
+        for index, name in enumerate(("cache", "residual", "logits", "history", "state"), -8):
+            old = getattr(fused, name)
+            size = old.nbytes + 2 * self.MARGIN
+            self.wholes[name] = torch.full((size,), 0x5a, dtype=torch.uint8, device=DEVICE)
+            new = self.inside(self.wholes[name], old)
+            new.copy_(old)
+            assert fused.pointers[index] == old.data_ptr()
+            fused.pointers[index] = new.data_ptr()
+            setattr(fused, name, new)
+        self.others = [t.clone() for t in fused.tensors]   # weights, and the buffers that were replaced
+
+    def inside(self, whole, like):
+        return whole[self.MARGIN:-self.MARGIN].view(like.dtype).view(like.shape)
+
+    def remember(self):
+        self.before = {name: whole.clone() for name, whole in self.wholes.items()}
+
+    def changed(self, **allowed):
+        """Bytes unlike those of `remember`, but for name[index] of every name=index."""
+        count = 0
+        for name, whole in self.wholes.items():
+            after, before, like = whole.clone(), self.before[name], getattr(self.fused, name)
+            if name in allowed:
+                self.inside(after, like)[allowed[name]] = self.inside(before, like)[allowed[name]]
+            count += int((after != before).sum())
+        return count
+
+    def others_changed(self):
+        """Bytes of weights, tables and replaced buffers that changed since this object was made."""
+        return sum(int((now.view(torch.uint8) != before.view(torch.uint8)).sum())
+                   for now, before in zip(self.fused.tensors, self.others, strict=True))
+
+
+@gpu
+@pytest.mark.parametrize("name", SIZES)
+@torch.inference_mode()
+def test_fused_block(name):
+    """One block, launched alone. Keys and values from `pos` on, logits, what it has to clear: all garbage."""
+    model, rng = random_half(cut(name)), torch.Generator(DEVICE).manual_seed(0)
+    block, C = model.blocks[1], model.config.hidden
+    exact, elsewhere, unlike, appended = copy.deepcopy(block).double(), 0, 0, []
+    for cluster in CLUSTERS:
+        fused = model.fuse(cluster=cluster)
+        watched, worst = Watched(fused), []
+        default = cluster == build.default_cluster(model.config, multiprocessors())
+        for pos in POSITIONS if default else SOME_POSITIONS:
+            fused.cache.normal_(generator=rng)
+            fused.cache[..., pos:, :] = math.nan
+            fused.logits.fill_(math.nan)
+            x, kv16 = hard_input(C, rng), fused.cache[1].clone()
+            kv = kv16.double()
+            y = exact(x.double().view(1, 1, C), kv, pos)
+            y16 = block(x.view(1, 1, C), kv16, pos)
+            watched.remember()
+            ours = launch_block(fused, x, pos)
+            elsewhere += watched.changed(cache=(1, ..., pos, slice(None)), residual=..., state=slice(0, 8))
+            worst.append((*against(ours, y16, y), pos))
+            appended.append([t[..., pos, :].double().flatten() for t in (fused.cache[1], kv16, kv)])
+            unlike += sum(not torch.equal(launch_block(fused, x, pos), ours) for _ in range(3))
+        ratio, mine, fp16, pos = max(worst)
+        report(name, f"block, clusters of {cluster}, at {pos}: {mine:.1e} / fp16 {fp16:.1e}", ratio, 1)
+        elsewhere += watched.others_changed()
+    ratio, mine, fp16 = against(*map(torch.cat, zip(*appended, strict=True)), norms=(2,))
+    report(name, f"new keys and values: {mine:.1e} / fp16 {fp16:.1e}", ratio, 1)
+    report(name, "bytes changed elsewhere", elsewhere, 0)
+    report(name, "launches whose bits differ", unlike, 0)
+
+
+@gpu
+@pytest.mark.parametrize("name", SIZES)
+@torch.inference_mode()
+def test_fused_step(name):
+    """A whole step, at full depth, after a prompt; everything that it does not need is NaN."""
+    model = random_half(Config.from_name(name))
+    cache, last = model.new_cache(), model.config.context - 1
+    fused = model.fuse(cache, graph=False)
+    rng = torch.Generator(DEVICE).manual_seed(0)
+    tokens = torch.randint(model.config.vocab, (1, last + 1), generator=rng, device=DEVICE)
+    model.body(tokens[:, :last], cache, 0)
+    worst, wrong = [], 0
+    for pos in (last, 130, 0):
+        token = tokens[:, pos:pos + 1]
+        cache[..., pos:, :] = math.nan
+        exact, fp16 = exact_logits(model, token, cache, pos), model(token, cache, pos)
+        cache[..., pos:, :] = math.nan
+        fused.logits.fill_(math.nan)
+        ours = fused(token, cache, pos)
+        worst.append((*against(ours, fp16, exact), pos))
+        chosen = int(ours.argmax())
+        wrong += [*fused.state[:2].tolist(), int(fused.history[pos])] != [chosen, pos + 1, chosen]
+    ratio, mine, fp16, pos = max(worst)
+    report(name, f"whole step, worst at {pos}: {mine:.1e} / fp16 {fp16:.1e}", ratio, 1)
+    report(name, "tokens that are not the argmax", wrong, 0)
+
+
+STAGES = ("xn1", "xn2", "q", "k", "v", "o", "h", "y")  # the kernel's taps, in their order, and its result
+
+
+def stages(block, x, kv, pos):
+    """What the stages of a block compute: {name: flat tensor}; the arithmetic is in x's dtype."""
+    c, C, HS = block.config, block.config.hidden, block.config.head_size
+    xn1 = F.layer_norm(x, (C,), block.ln1_w, block.ln1_b, c.eps)
+    xn2 = F.layer_norm(x, (C,), block.ln2_w, block.ln2_b, c.eps)
+    qkv = F.linear(xn1, block.w_qkv, block.b_qkv).view(1, 1, c.n_head, 3, HS)
+    block.rotate(qkv[:, :, :, :2], pos)
+    q, k, v = qkv.permute(3, 0, 2, 1, 4)                                         # each [1, NH, 1, HS]
+    keys, values = (torch.cat((old[..., :pos, :], new), 2) for old, new in zip(kv, (k, v), strict=True))
+    o = F.scaled_dot_product_attention(q, keys, values)
+    h = F.gelu(F.linear(xn2, block.w_up, block.b_up))
+    y = block(x, kv.clone(), pos)
+    return {name: t.flatten() for name, t in zip(STAGES, (xn1, xn2, q, k, v, o, h, y), strict=True)}
+
+
+def tapped(fused, y):
+    """The taps of the last launch, and its y, as `stages` names them."""
+    sizes = [fused.config.hidden] * 6 + [fused.config.mlp]
+    return dict(zip(STAGES, (*fused.taps.split(sizes), y), strict=True))
+
+
+def place(config, clusters, stage, i):
+    """Element i of a stage in the words of the kernel."""
+    if stage in "qkvo":
+        head, dim = divmod(i, config.head_size)
+        return f"head {head} dim {dim} (cluster {head % clusters})"
+    return f"unit {i}" if stage == "h" else f"column {i}"
+
+
+def stage_errors(model, fused, positions):
+    """[(stage, ratio, our error, PyTorch fp16's, where ours is largest)], each at its worst position.
+
+    Also, at how many positions y of `fused` has other bits than y of the kernel as it is shipped.
+    """
+    rng, block, C = torch.Generator(DEVICE).manual_seed(0), model.blocks[1], model.config.hidden
+    exact, plain, unlike, found = copy.deepcopy(block).double(), model.fuse(fused.cache), 0, {}
+    for pos in positions:
+        fused.cache.normal_(generator=rng)
+        fused.cache[..., pos:, :] = math.nan
+        x, kv = hard_input(C, rng), fused.cache[1].clone()
+        truth = stages(exact, x.double().view(1, 1, C), kv.double(), pos)
+        theirs = stages(block, x.view(1, 1, C), kv, pos)
+        fused.taps.fill_(math.nan)
+        ours = tapped(fused, launch_block(fused, x, pos))
+        for stage, t in ours.items():
+            i = int((t.double() - truth[stage]).abs().nan_to_num(math.inf).argmax())
+            found.setdefault(stage, []).append((*against(t, theirs[stage], truth[stage]),
+                                                f"{place(model.config, fused.clusters, stage, i)} at {pos}"))
+        unlike += not torch.equal(launch_block(plain, x, pos), ours["y"])
+    return [(stage, *max(rows)) for stage, rows in found.items()], unlike
+
+
+@gpu
+@pytest.mark.parametrize("name", SIZES)
+@torch.inference_mode()
+def test_fused_stages(name):
+    model = random_half(cut(name))
+    rows, unlike = stage_errors(model, model.fuse(extra={"TAPS": 1}), (17, 1000))
+    for stage, ratio, mine, fp16, where in rows:
+        report(name, f"{stage}: {mine:.0e} / fp16 {fp16:.0e}, {where}", ratio, 1)
+    report(name, "positions where taps change the bits of y", unlike, 0)
+
+
+@gpu
+@pytest.mark.parametrize("mutant", MUTANTS)
+@torch.inference_mode()
+def test_mutants(mutant):
+    """A kernel with one thing broken must not pass for right, and the unbroken one must."""
+    model = random_half(cut("pythia-160m"))
+    model.blocks[1].b_up -= 2.5  # where GELU and its approximation differ by more than fp16's rounding
+    rows, _ = stage_errors(model, model.fuse(extra={"TAPS": 1, "MUTANT": mutant}), (17, 1000))
+    red = [row for row in rows if not row[1] <= 1]
+    if mutant == 0:
+        report("mutant 0", f"{MUTANTS[0]}: stages that are red", len(red), 0)
+        return
+    stage, ratio, _, _, where = (red or [max(rows, key=lambda row: row[1])])[0]
+    found = f"caught at {stage}, {where}" if red else f"NOT CAUGHT, nearest is {stage}"
+    report(f"mutant {mutant}", f"{MUTANTS[mutant]}: {found}; fp16's error / its",
+           1 / ratio if red else math.inf, 1)
+
+
+LAUNCHES = """
+import json, os, sys, time
+from dataclasses import replace
+import torch
+from model import Config, Pythia
+config = replace(Config.from_name("pythia-31m"), vocab=512)
+model = Pythia.random(config, 0, torch.float16, "cuda")
+cache = model.new_cache().normal_()
+def launch(fused):
+    fused.residual.zero_()  # sums that a mutant left behind
+    fused.logits.fill_(float("nan"))
+    fused.start(7, 300)
+    fused.launch(0, config.n_layer, lm_head=True)
+    fused.wait(torch.cuda.current_stream())
+    return fused.logits.clone()
+right = launch(model.fuse(cache))
+mutant = model.fuse(cache, extra={"MUTANT": int(sys.argv[1])})
+shown, error, start = 0, "", time.perf_counter()
+try:
+    for _ in range(200):
+        shown += not torch.equal(launch(mutant), right)
+except RuntimeError as failure:
+    error = str(failure)
+print(json.dumps([shown, error, time.perf_counter() - start]), flush=True)
+os._exit(0)  # the CUDA context may be lost, and would complain
+"""
+
+
+def launches_of(mutant):
+    """200 launches of a mutant in its own process: (launches with other bits, error, seconds to the end)."""
+    try:
+        out = subprocess.run([sys.executable, "-c", LAUNCHES, str(mutant)], cwd=HERE, stdout=subprocess.PIPE,
+                             text=True, timeout=60, check=True).stdout
+    except subprocess.TimeoutExpired:
+        return 0, "killed after 60 s", math.inf
+    return json.loads(out.splitlines()[-1])
+
+
+@gpu
+@pytest.mark.parametrize("mutant", DROPPED)
+def test_dropped_syncs(mutant):
+    """A race may or may not show: how often it does is reported, and that it ends by itself is checked."""
+    shown, error, seconds = launches_of(mutant)
+    found = f"shown by {shown} of 200 launches" if shown else "never shown in 200 launches"
+    report(f"mutant {mutant}", f"sync {DROPPED[mutant]} dropped: {error or found}; seconds", seconds, 60)
+
+
+@gpu
+def test_no_hang():
+    """Block 0 never arrives at (4): the kernel gives up, Python raises, the GPU serves the next process."""
+    shown, error, seconds = launches_of(11)
+    report("no hang", "block 0 never arrives at (4): seconds until the error", seconds, 10)
+    lacking = sum(word not in error for word in ("sync (4)", "block", "layer 0"))
+    report("no hang", f"words that lack in {error!r}", lacking, 0)
+    report("no hang", "launches before it that returned", shown, 0)
+    shown, error, _ = launches_of(0)
+    report("no hang", f"other bits in a new process {error}", shown + len(error), 0)
+    report("no hang", "wrong sums in a process that lived beside it",
+           int(torch.ones(9, device=DEVICE).sum() != 9), 0)
+
+
+@gpu
+@torch.inference_mode()
+def test_fused_repeats():
+    """1000 launches with the same input, alone and beside another stream's matrix products: the same bits."""
+    big, tiny = random_half(cut("pythia-2.8b")), tiny_half()
+    rng, fused, step = torch.Generator(DEVICE).manual_seed(0), big.fuse(), tiny.fuse()
+    x = hard_input(big.config.hidden, rng)
+    fused.cache.normal_(generator=rng)
+    step.cache.normal_(generator=rng)
+
+    def one_block():
+        return launch_block(fused, x, 1000)
+
+    def whole_step(fused=step):
+        fused.start(5, 1000)
+        fused.step()
+        return fused.logits.clone()
+    load, a, batches = torch.cuda.Stream(), torch.randn(2048, 2048, device=DEVICE).half(), deque()
+    product = torch.mm(a, a)
+    torch.cuda.synchronize()
+
+    def keep_busy():
+        while batches and batches[0].query():
+            batches.popleft()
+        while len(batches) < 8:
+            with torch.cuda.stream(load):
+                for _ in range(8):
+                    torch.mm(a, a, out=product)
+                batches.append(load.record_event())
+    for what, run in (("one block of 2.8b", one_block), ("tiny-pythia", whole_step)):
+        first = run()
+        unlike = sum(not torch.equal(run(), first) for _ in range(1000))
+        report("same bits", f"{what}: launches of 1000 that differ", unlike, 0)
+        unlike = idle = outlived = 0
+        for _ in range(1000):
+            keep_busy()
+            idle += load.query()
+            unlike += not torch.equal(run(), first)
+            outlived += not load.query()
+        report("same bits", f"{what}: of 1000 beside matrix products", unlike, 0)
+        report("same bits", f"started without such a product ({outlived} ended with one)", idle, 100)
+    for cluster in CLUSTERS:
+        other = tiny.fuse(step.cache, cluster=cluster)
+        first = whole_step(other)
+        report("same bits", f"tiny-pythia, clusters of {cluster}: of 200 that differ",
+               sum(not torch.equal(whole_step(other), first) for _ in range(200)), 0)
+    replayed, launched, unlike = tiny.fuse(), tiny.fuse(graph=False), 0
+    for decoder in (replayed, launched):
+        decoder.start(5, 0)
+    for _ in range(100):
+        replayed.step()
+        launched.step()
+        unlike += not torch.equal(replayed.logits, launched.logits)
+    unlike += not torch.equal(replayed.cache[..., :100, :], launched.cache[..., :100, :])
+    unlike += not torch.equal(replayed.history[:100], launched.history[:100])
+    report("same bits", "graph replay unlike launch, in 100 tokens and cache", unlike, 0)
+
+
+@gpu
+@torch.inference_mode()
+def test_fused_text(tiny):
+    """1000 greedy tokens against fp32 arithmetic on the same weights, or why they differ."""
+    prompt, n, half, full = tiny[2], 1000, tiny_half(), tiny_half(torch.float32)
+    text, ours = list(full.generate(prompt, n)), list(half.generate(prompt, n, fused=True))
+    same = next((i for i in range(n) if text[i] != ours[i]), n)
+    report("tiny-pythia", "tokens of 1000 that fused did not make", n - len(ours), 0)
+    # the same text is forced on all: where the choice differs, the next token still has the same past
+    known = torch.tensor([prompt + text[:-1]], device=DEVICE)
+    exact, fp16 = (m(known)[0, len(prompt) - 1:].float() for m in (full, half))
+    fused = half.fuse()
+    cache = fused.cache
+    logits = [half(known[:, :len(prompt)], cache, 0)[0, -1].float()]
+    for i in range(len(prompt), known.shape[1]):
+        logits.append(fused(known[:, i:i + 1], cache, i).flatten().clone())
+    logits = torch.stack(logits)
+    ratio, mine, theirs = against(logits, fp16, exact.double())
+    report("tiny-pythia", f"fused, 1000 tokens: logits {mine:.1e} / fp16 {theirs:.1e}", ratio, 1)
+    chosen, wanted = logits.argmax(-1), torch.tensor(text, device=DEVICE)
+    agrees = chosen == wanted
+    error = (logits - exact)[agrees].abs().max()          # of the places where nothing is to be explained
+    gap = exact.topk(2).values
+    unexplained = (~agrees & (gap[:, 0] - gap[:, 1] > 2 * error)).sum()
+    report("tiny-pythia", f"fused text: {same} of 1000 tokens as fp32, then unexplained", int(unexplained), 0)
+    forced = chosen.tolist()[:same + 1]
+    report("tiny-pythia", "its tokens up to there unlike forced ones", int(forced != ours[:same + 1]), 0)
+
+
+@gpu
+def test_fused_sampling():
+    tiny, prompt = tiny_half(), [5, 6, 7, 8]
+
+    def text(temperature, **kw):
+        return list(tiny.generate(prompt, 60, temperature, fused=True, **kw))
+    same = text(1, top_p=0.9, seed=5)
+    report("fused sampling", "same seed, another text", int(same != text(1, top_p=0.9, seed=5)), 0)
+    report("fused sampling", "same seed without a graph, another text",
+           int(same != text(1, top_p=0.9, seed=5, graph=False)), 0)
+    report("fused sampling", "other seed, same text", int(same == text(1, top_p=0.9, seed=6)), 0)
+    report("fused sampling", "top-k 1 unlike greedy", int(text(1.5, top_k=1, seed=1) != text(0)), 0)
+    model = random_half(CHI_SQUARE)  # as test_frequencies does it
+    model.lnf_w.zero_()
+    model.lnf_b *= 10
+    logits = (model.embed_out.double() @ model.lnf_b.double()).cpu().numpy()
+    for settings in ((1, None, None), (0.8, 20, 0.8)):
+        temperature, top_k, top_p = settings
+        draws = [t for seed in (1, 2)
+                 for t in list(model.generate([0], 2048, temperature, top_k, top_p, seed, fused=True))[1:]]
+        counts = np.bincount(draws, minlength=len(logits))
+        label = f"T {temperature}, top-k {top_k}, top-p {top_p}: "
+        found, limit = chi_square(counts, probabilities(logits, *settings))
+        report("fused sampling", label + "chi-square", found, limit)
+        found, limit = chi_square(counts, probabilities(logits, temperature * 1.5, top_k, top_p))
+        report("fused sampling", label + "is not T * 1.5", limit, found)
+
+
+@gpu
+@torch.inference_mode()
+def test_hand_over():
+    """Reference, fused, reference, fused on one cache, 40 tokens each, against the reference alone."""
+    model, rng = tiny_half(), torch.Generator(DEVICE).manual_seed(0)
+    tokens = torch.randint(model.config.vocab, (1, 260), generator=rng, device=DEVICE)
+    exact = copy.deepcopy(model).double()(tokens)[0, 100:]
+    fused = model.fuse(model.new_cache().fill_(math.nan))
+    alone = model.new_cache().fill_(math.nan)
+
+    def logits(cache, turns):
+        model(tokens[:, :100], cache, 0)
+        steps = [turns[(i - 100) // 40](tokens[:, i:i + 1], cache, i)[0].clone() for i in range(100, 260)]
+        return torch.cat([step.float() for step in steps])
+    mixed, fp16 = logits(fused.cache, (fused, model, fused, model)), logits(alone, (model,) * 4)
+    ratio, mine, theirs = against(mixed, fp16, exact, norms=(2,))
+    report("hand-over", f"160 tokens in turns: logits {mine:.1e} / fp16 {theirs:.1e}", ratio, 1)
+    top = exact.topk(2).values
+    clear = top[:, 0] - top[:, 1] > 2 * (fp16 - exact).abs().max()
+    differing = (mixed.argmax(-1) != exact.argmax(-1)) & clear
+    report("hand-over", f"argmax differs, of {int(clear.sum())} beyond fp16's error", int(differing.sum()), 0)
+    report("hand-over", "tokens of which none is beyond that error", int(not clear.any()), 0)
+
+
+@gpu
+def test_fused_memory():
+    one = torch.ones(8, 8, device=DEVICE).half()
+    one @ one  # cuBLAS's own memory is not the model's
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    model = random_half(Config.from_name("pythia-2.8b"))
+    fused = model.fuse()
+    fused.start(5, 0)
+    for _ in range(3):
+        fused.step()
+    torch.cuda.synchronize()
+    needed = fused.cache.nbytes + sum(w.nbytes for w in model.parameters())
+    allocated = torch.cuda.memory_allocated() - before
+    report("memory", "pythia-2.8b, fused: allocated / weights and cache", allocated / needed, 1.05)
+
+
+@gpu
+@torch.inference_mode()
+def test_fused_edges():
+    """Inputs at the ends of fp16, values that are none, equal logits, the end of the context."""
+    model, rng = random_half(cut("pythia-160m")), torch.Generator(DEVICE).manual_seed(0)
+    block, C, V = model.blocks[1], model.config.hidden, model.config.vocab
+    exact, fused, pos = copy.deepcopy(block).double(), model.fuse(), 100
+    keys, values = fused.cache[1, :, 0]
+
+    def launch(x):
+        kv = fused.cache[1].clone()
+        return launch_block(fused, x, pos), block(x.view(1, 1, C), kv.clone(), pos)[0, 0], kv
+    large = hard_input(C, rng)
+    large[::97] = 60000 * large[::97].sign()
+    for what, x in (("8 columns of +-60000", large), ("x = 3, variance 0", torch.full_like(large, 3)),
+                    ("x = 0.1, variance 0", torch.full_like(large, 0.1))):
+        fused.cache.normal_(generator=rng)
+        ours, fp16, kv = launch(x)
+        ratio, mine, theirs = against(ours, fp16, exact(x.double().view(1, 1, C), kv.double(), pos))
+        report("edges", f"{what}: {mine:.1e} / fp16 {theirs:.1e}", ratio, 1)
+    for what, value, where in (("Inf in x", math.inf, None), ("NaN in x", math.nan, None),
+                               ("NaN in a key", math.nan, keys), ("Inf in a value", math.inf, values)):
+        fused.cache.normal_(generator=rng)
+        x = hard_input(C, rng)
+        (x if where is None else where[2, 7])[5] = value
+        ours, fp16, _ = launch(x)
+        wrong = (ours.isfinite() != fp16.isfinite()).sum()
+        report("edges", f"{what}: columns finite in one of PyTorch and fused", int(wrong), 0)
+        report("edges", f"{what}: all of y is finite", int(ours.isfinite().all()), 0)
+
+    fused.cache.normal_(generator=rng)
+    token = torch.tensor([[3]], device=DEVICE)
+    best = int(fused(token, fused.cache, 50).argmax())
+    rows = sorted({best, (best + 1) % V, (best + 200) % V})  # of the same block, and of another
+    model.embed_out[rows] = model.embed_out[best].clone()
+    logits = fused(token, fused.cache, 50).flatten()
+    report("edges", "three equal rows: logits that differ", len(set(logits[rows].tolist())) - 1, 0)
+    report("edges", "three equal rows: argmax unlike the first", int(int(fused.state[0]) != rows[0]), 0)
+    fused.state[1] = model.config.context
+    watched = Watched(fused)
+    watched.remember()
+    fused.launch(0, 2, lm_head=True)
+    report("edges", "bytes changed by a step after the last position",
+           watched.changed() + watched.others_changed(), 0)
+
+    short = random_half(SHORT)
+    for prompt, wanted, n in (([1, 2, 3], 1000, 62), ([1] * 64, 9, 1), ([1], 5, 5), ([1], 0, 0)):
+        unlike = abs(len(list(short.generate(prompt, wanted, fused=True))) - n)
+        report("edges", f"{len(prompt)} + {wanted} tokens in a context of 64: unlike {n}", unlike, 0)
+    for temperature in (0, 1):
+        spoilt = random_half(SHORT)
+        tokens = spoilt.generate([1, 2, 3], 20, temperature, seed=0, fused=True)
+        next(tokens)  # of the prompt's logits, which are the reference's, and finite
+        spoilt.lnf_b.fill_(math.inf)
+        report_refused(f"logits that become infinite, T {temperature}", lambda tokens=tokens: list(tokens),
+                       "not finite")
+
+
+@gpu
+def test_fused_refusals(monkeypatch):
+    model = random_half(SHORT)
+    fused, cache = model.fuse(), model.new_cache()
+    one = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+    odd = torch.zeros(cache.numel() + 1, dtype=torch.float16, device=DEVICE)[1:].view(cache.shape)
+    report_refused("fuse float32", Pythia.random(SHORT, device=DEVICE).fuse, "float32", "dtype float16")
+    for case, wrong, word in (("cache of another model", cache[:1], "[1, 2, 1"),
+                              ("cache of a batch", model.new_cache(2), "[2, 2, 2"),
+                              ("cache in float32", cache.float(), "float32"),
+                              ("cache on the CPU", cache.cpu(), "on cpu"),
+                              ("cache with gaps", torch.cat((cache, cache), -1)[..., :32], "contiguous"),
+                              ("cache not at 16 bytes", odd, "16 bytes")):
+        report_refused(case, lambda wrong=wrong: model.fuse(wrong), word)
+    report_refused("clusters of 16", lambda: model.fuse(cluster=16), "16", "1, 2, 4 or 8")
+    for pos in (-1, 64):
+        report_refused(f"position {pos}", lambda pos=pos: fused(one, fused.cache, pos), f"position {pos}",
+                       "64")
+    report_refused("a step on another cache", lambda: fused(one, cache, 0), "cache it was made with")
+    report_refused("a step of two tokens", lambda: fused(one.expand(1, 2), fused.cache, 0), "one token")
+    report_refused("a prompt too long", lambda: list(model.generate([1] * 65, 1, fused=True)), "65", "64")
+
+    def few(clusters):
+        clusters._obj.value = 3
+
+    def nothing(*_):
+        pass
+    library = SimpleNamespace(fused_prepare=few, fused_sizes=nothing, fused_launch=nothing)
+    monkeypatch.setattr(build, "load", lambda *_: library)
+    report_refused("room for 3 clusters", model.fuse, "3 clusters", str(multiprocessors()), "smaller cluster")
+
+
+@gpu
+@torch.inference_mode()
+def test_two_models():
+    """Two models' steps interleaved on two streams; then the models are deleted and their graphs replayed."""
+    models = [random_half(cut("pythia-160m")), tiny_half()]
+    decoders, starts, n = [model.fuse() for model in models], (17, 900), 200
+    alone = []
+    for fused, start in zip(decoders, starts, strict=True):
+        fused.cache.normal_(generator=torch.Generator(DEVICE).manual_seed(start))
+        alone.append(list(fused.decode(5, start, n)))
+    streams = [torch.cuda.Stream() for _ in models]
+    torch.cuda.synchronize()
+    for fused, start, stream in zip(decoders, starts, streams, strict=True):
+        with torch.cuda.stream(stream):
+            fused.history.zero_()
+            fused.start(5, start)
+    for _ in range(n):
+        for fused, stream in zip(decoders, streams, strict=True):
+            with torch.cuda.stream(stream):
+                fused.step()
+    torch.cuda.synchronize()
+    for fused, start, text in zip(decoders, starts, alone, strict=True):
+        together = fused.history[start:start + n].tolist()
+        report("two models", f"C {fused.config.hidden}: tokens of {n} unlike those made alone",
+               sum(a != b for a, b in zip(together, text, strict=True)), 0)
+    del models, fused
+    gc.collect()
+    torch.cuda.empty_cache()
+    garbage = [torch.full((1 << 22,), math.nan, device=DEVICE) for _ in range(64)]  # over whatever was freed
+    for fused, start, text in zip(decoders, starts, alone, strict=True):
+        again = list(fused.decode(5, start, n))
+        report("two models", f"C {fused.config.hidden}: model deleted, graph alive: tokens that differ",
+               sum(a != b for a, b in zip(again, text, strict=True)), 0)
+    del garbage
+
+
+def lap(fused):
+    """2000 steps from position 0: (seconds, the tokens, the last logits)."""
+    fused.start(5, 0)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(2000):
+        fused.step()
+    fused.wait(torch.cuda.current_stream())
+    return time.perf_counter() - start, fused.history.clone(), fused.logits.clone()
+
+
+@gpu
+def test_100000_tokens():
+    fused = tiny_half().fuse()
+    _, tokens, logits = lap(fused)
+    before, unlike = torch.cuda.memory_allocated(), 0
+    for _ in range(50):
+        _, again, last = lap(fused)
+        unlike += not torch.equal(again, tokens) or not torch.equal(last, logits)
+        del again, last
+    report("100,000 tokens", "repetitions of 50 whose bits differ from the first", unlike, 0)
+    grown = torch.cuda.memory_allocated() - before
+    report("100,000 tokens", "bytes of GPU memory more than before", grown, 0)
+
+
+LOAD = """
+import sys, torch
+a = torch.randn(8192, 8192, device="cuda").half()
+big, b = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda"), torch.mm(a, a)
+other = torch.zeros_like(big)
+torch.cuda.synchronize()
+print("ready", flush=True)
+while True:
+    for _ in range(10):
+        torch.mm(a, a, out=b) if sys.argv[1] == "products" else other.copy_(big)
+    torch.cuda.synchronize()
+"""
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["products", "copies"])
+def test_beside_another_process(kind):
+    """Another process saturates the arithmetic, or the memory."""
+    fused = tiny_half().fuse()
+    lap(fused)
+    alone, tokens, logits = lap(fused)
+    process = subprocess.Popen([sys.executable, "-c", LOAD, kind], stdout=subprocess.PIPE, text=True)
+    try:
+        ready = process.stdout.readline()
+        seconds, again, last = lap(fused)
+        absent = ready != "ready\n" or process.poll() is not None
+    finally:
+        process.kill()
+        process.wait()
+    report("under load", f"{kind}: the other process was not there", int(absent), 0)
+    report("under load", f"{kind}, {seconds / alone:.1f} times slower: tokens that differ",
+           int((again != tokens).sum()) + (not torch.equal(last, logits)), 0)
+
+
+@gpu
+def test_fused_command():
+    """generate.py --fused, with and without a graph, and with its reader gone."""
+    options = ("--fused", "--temperature", "0", "--tokens", "60", "--device", "cuda")
+    runs = [command(*options), command(*options, "--no-graph")]
+    gone = command(*options)
+    gone.stdout.close()
+    outs = [run.communicate(timeout=120) for run in runs]
+    faults = [run.returncode + abs(err.count("\n") - 1) for run, (_, err) in zip(runs, outs, strict=True)]
+    report("generate.py", "--fused: exit codes, and lines other than one", sum(faults), 0)
+    report("generate.py", "--fused: fewer than 60 tokens", sum("60 tokens" not in err for _, err in outs), 0)
+    report("generate.py", "--fused: text without a graph differs", int(outs[0][0] != outs[1][0]), 0)
+    _, err = gone.communicate(timeout=120)
+    report("generate.py", "--fused: tracebacks when the reader is gone", err.count("Traceback"), 0)
+
+
+# ---------------------------------------------------------------------------------------------------- records
+
+def facts():
+    """What a record says of the machine: lines of text."""
+    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                            capture_output=True, text=True, check=False).stdout.split("\n")[0] or "unknown"
+    packages = ("torch", "transformers", "numpy")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return [f"GPU: {torch.cuda.get_device_name(DEVICE)}, driver {driver}, CUDA {torch.version.cuda}",
+            f"versions: Python {sys.version.split()[0]}, {versions}",
+            f"date: {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}",
+            f"kernel: {build.kernel_hash()} (SHA-256 of fused_block.cu without comments and white space)"]
+
+
+def write_record(name, lines):
+    path = Path(HERE, "results", name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    print(f"written: {path.relative_to(HERE)}")
+
+
+def record():
+    """Runs all tests but the record's, writes results/tests-<gpu>.txt if all pass; returns the exit code."""
+    printed = []
+    with subprocess.Popen([sys.executable, __file__, "-k", "not record_is_current"], stdout=subprocess.PIPE,
+                          text=True) as run:
+        for line in run.stdout:
+            print(line, end="", flush=True)
+            printed.append(line.rstrip())
+    if run.returncode:
+        print("nothing is recorded, because not all tests pass", file=sys.stderr)
+        return run.returncode
+    gpu_name = torch.cuda.get_device_name(DEVICE).lower().removeprefix("nvidia ")
+    write_record(f"tests-{re.sub('[^a-z0-9]+', '-', gpu_name)}.txt",
+                 ["python test_block.py --record", *facts(), "", *(line for line in printed if line)])
+    return 0
+
+
+SANITIZED = """
+from dataclasses import replace
+import torch
+from model import Config, Pythia
+config = replace(Config.from_name("pythia-31m"), n_layer=2, vocab=512)
+model = Pythia.random(config, 0, torch.float16, "cuda")
+fused = model.fuse(model.new_cache().zero_(), graph=False)
+fused.start(7, 40)
+for _ in range(3):
+    fused.step()
+fused.wait(torch.cuda.current_stream())
+"""
+
+
+def sanitize():
+    """Runs three steps under each tool of compute-sanitizer, writes the verdicts; returns the exit code."""
+    tool_path, arch = shutil.which("compute-sanitizer"), build.device_arch(DEVICE)
+    if not tool_path:
+        raise Refused("compute-sanitizer is not on PATH: it comes with the CUDA toolkit")
+    build.load(build.constants(cut("pythia-31m"), arch, sms=multiprocessors()), arch)  # not under the tool
+    lines, clean = ["python test_block.py --sanitize", *facts(), ""], True
+    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
+        start = time.perf_counter()
+        # initcheck has to see PyTorch's kernels too, which write what ours reads; only ours may not err
+        watched = ["--print-limit", "9999"] if tool == "initcheck" else ["--kernel-regex", "kns=fused_block"]
+        command_line = [tool_path, "--tool", tool, *watched, "--error-exitcode", "3",
+                        sys.executable, "-c", SANITIZED]
+        try:
+            run = subprocess.run(command_line, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 text=True, timeout=140, check=False)
+            said = [line for line in run.stdout.splitlines() if line.startswith("=========")]
+            summary = next((line for line in reversed(said) if "SUMMARY" in line), "no summary").strip("= ")
+            good = run.returncode == 0 and "SUMMARY: 0 " in summary
+            verdict = f"exit code {run.returncode}, {summary}"
+            if tool == "initcheck":
+                ours = sum("at fused_block" in line for line in said)
+                good, verdict = "SUMMARY" in summary and ours == 0, f"{ours} errors in fused_block; {summary}"
+            said = said[:40] or run.stdout.splitlines()[-20:]
+        except subprocess.TimeoutExpired:
+            good, verdict, said = False, "no verdict in 140 s", []
+        clean &= good
+        lines += [f"{tool:<10} {'PASS' if good else 'FAIL'}  {verdict} ({time.perf_counter() - start:.0f} s)"]
+        lines += [] if good else said
+        print(lines[-1] if good else "\n".join(lines), flush=True)
+    lines += ["", "racecheck does not see what blocks of a cluster write into each other's memory; this",
+              "is why test_fused_block and test_fused_repeats compare bits over thousands of launches."]
+    write_record("sanitizer.txt", lines)
+    return int(not clean)
+
+
+def main(argv):
+    """Runs what the arguments say; returns the exit code."""
+    try:
+        if argv in (["--record"], ["--sanitize"]):
+            build.device_arch(DEVICE)  # refuses where there is no GPU
+            return record() if argv == ["--record"] else sanitize()
+    except Refused as refusal:
+        print(f"test_block.py: {refusal}", file=sys.stderr)
+        return 2
     # the warning: transformers has imported a pytest plugin (anyio's) before pytest could
-    sys.exit(pytest.main([__file__, "-sq", "-Wignore::pytest.PytestAssertRewriteWarning", *sys.argv[1:]]))
+    return pytest.main([__file__, "-sqrs", "-Wignore::pytest.PytestAssertRewriteWarning", *argv])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,718 @@
+"""Times the fused decode step against its floor, and against what a user could run instead.
+
+    python bench.py --models 2.8b 160m --contexts 128 2000    measure on this machine's GPU, print the table
+    python bench.py --models 160m --baselines graph compile   only these baselines; results are merged
+    python bench.py --ablate                                  one thing about the kernel changed at a time
+    python bench.py --timeline --models 2.8b                  where a layer's microseconds go, block by block
+    python bench.py --report                                  README and plots from results/; needs no GPU
+
+A step is the user's whole token: embedding, all blocks, final LayerNorm, LM head, greedy argmax; float16,
+batch 1, random weights. A sample is the mean of 10 steps back to back by CUDA events (of generate(): one
+token by the clock); the table has the median of 30 samples or more, and the 10th and 90th percentile. The
+floor is the bytes that a step must read (every weight once, one row of embed_in, keys and values of the
+cached tokens) over the bandwidth of a kernel that only reads, in the same run. Nothing of ours is timed
+before its logits are compared with float64 arithmetic on the same float16 weights: fused may be no further
+off than the float16 reference, a baseline twice as far. Raw samples are merged into
+results/bench-<gpu>.json. Only --report needs matplotlib: pip install matplotlib==3.11.2
+
+baselines, each with the best of its settings:
+  eager                the reference in model.py, without reading tokens back
+  graph                a step of fixed shapes in a CUDA graph: one or two streams, two layouts of the weights
+  compile              the same step under torch.compile, in a CUDA graph: default mode; and max-autotune,
+                       which tunes by coordinate descent, with biases added apart, as inductor writes only
+                       products without a bias itself
+  transformers         generate() with its defaults
+  transformers-static  generate() with the static cache, which compiles itself
+graph and compile attend to a fixed number of positions, without a mask: one graph, one position. That is
+faster than anything that could go on to generate a text.
+"""
+import argparse
+import copy
+import ctypes
+import functools
+import gc
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from build import constants, device_arch, flags, kernel_hash, load, nvcc
+from model import SIZES, Config, Pythia, Refused
+
+HERE = Path(__file__).resolve().parent
+STEPS, SAMPLES, WARM_UP = 10, 30, 3  # steps a sample, samples, samples thrown away
+NEW = 64                             # tokens a call of transformers' generate makes
+PROMPT = 512                         # tokens before the first new one, for the time to first token
+
+PROBE = r"""
+__global__ void read_all(const uint4* data, size_t n, unsigned* sink) {
+  const size_t threads = size_t(gridDim.x) * blockDim.x;
+  unsigned sum = 0;
+  for (size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += 8 * threads) {
+    uint4 v[8];  // eight loads of 16 bytes that do not wait for each other
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = __ldcs(data + i + j * threads);
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
+  }
+  if (sum == 0x5eed) *sink = sum;  // without a use of sum the compiler drops the loads
+}
+extern "C" int probe(const void* data, size_t n, void* sink, int blocks, void* stream) {
+  read_all<<<blocks, 512, 0, (cudaStream_t)stream>>>((const uint4*)data, n, (unsigned*)sink);
+  return cudaGetLastError();
+}
+"""
+
+
+def token_bytes(config, cached):
+    """Bytes that a decode step must read with `cached` tokens before it, all in float16."""
+    c, C = config, config.hidden
+    block = 4 * C * C + 2 * C * c.mlp + (3 * C + C + c.mlp + C) + 4 * C         # matrices, biases, LayerNorms
+    return 2 * (c.n_layer * (block + 2 * cached * C) + C + 2 * C + c.vocab * C)
+
+
+# ---- one measurement -----------------------------------------------------------------------------------
+
+def sample(step, reset=lambda: None):
+    """Microseconds a step, SAMPLES means of STEPS steps. `reset` runs before each sample and is not timed.
+
+    The host waits only at the end, so it runs ahead of the GPU wherever the GPU is the slower one.
+    """
+    events = []
+    for _ in range(WARM_UP + SAMPLES):
+        reset()
+        events.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+        events[-1][0].record()
+        for _ in range(STEPS):
+            step()
+        events[-1][1].record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) * 1e3 / STEPS for begin, end in events[WARM_UP:]]
+
+
+def read_bandwidth(arch):
+    """Bytes a second of a kernel that only reads, and what nvidia-smi says meanwhile (a dict of text)."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "probe.cu"), Path(folder, "probe.so")
+        source.write_text(PROBE)
+        subprocess.run([nvcc(), *flags({}, arch), "-shared", "-Xcompiler", "-fPIC", "-o", library, source],
+                       check=True, capture_output=True)
+        probe = ctypes.CDLL(str(library)).probe
+    gpu, pointer = torch.cuda.get_device_properties(0), ctypes.c_void_p
+    size = min(8 << 30, torch.cuda.mem_get_info()[0] // 2)                      # far more than L2 holds
+    data = torch.empty(size // 4, dtype=torch.int32, device="cuda").random_()   # zeros could be read faster
+    sink, bandwidths = torch.zeros(1, dtype=torch.int32, device="cuda"), []
+    for blocks in (gpu.multi_processor_count * i for i in (1, 2, 4)):
+        n = size // 16 // (blocks * 512 * 8) * (blocks * 512 * 8)               # no pass of the loop is cut
+
+        def read(blocks=blocks, n=n):
+            error = probe(pointer(data.data_ptr()), ctypes.c_size_t(n), pointer(sink.data_ptr()), blocks,
+                          pointer(torch.cuda.current_stream().cuda_stream))
+            if error:
+                raise Refused(f"the GPU cannot be read (CUDA error {error}): end what else uses it")
+        bandwidths.append(n * 16 / median(sample(read)) * 1e6)
+    for _ in range(500):                                                        # load for about a second
+        read()
+    fields = "driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id=GPU-{gpu.uuid}"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        said = ""
+    return max(bandwidths), dict(zip(fields.split(","), said.strip().split(", ")))
+
+
+class Case:
+    """A model with `context` tokens in its cache, the next token, and that token's logits in float64."""
+
+    def __init__(self, model, cache, context, hf=None):
+        """`hf()` gives a transformers model of the same shape."""
+        self.model, self.cache, self.context, self.hf = model, cache, context, hf
+        rng = torch.Generator(cache.device).manual_seed(context)
+        self.tokens = torch.randint(model.config.vocab, (1, context + 1), generator=rng, device=cache.device)
+        self.token = self.tokens[:, context:]
+        self.start = context - STEPS // 2             # a sample's steps stand at start..start+STEPS-1
+        self.fill()
+        self.exact = exact_logits(model, self.token, cache, context)
+        self.limit = self.error(model(self.token, cache, context))
+
+    def fill(self):
+        """Keys and values of `context` tokens; NaN in later rows, which a step must write or not read."""
+        self.model.body(self.tokens[:, :self.context], self.cache, 0)
+        self.cache[..., self.context:, :] = torch.nan
+
+    def error(self, logits):
+        """|logits - exact| / |exact|, Euclidean."""
+        return float((logits.double().flatten() - self.exact).norm() / self.exact.norm())
+
+    def check(self, logits, times=1):
+        """The error of `logits`; Refused where it exceeds `times` that of the float16 reference."""
+        error = self.error(logits)
+        if not error <= times * self.limit:
+            raise Refused(f"wrong, so not timed: error {error:.2e}, limit {times * self.limit:.2e}")
+        return error
+
+
+def exact_logits(model, token, cache, pos):
+    """Logits [V] float64 of one token [1, 1]. Block by block: a float64 copy of 12b would not fit."""
+    x = F.embedding(token, model.embed_in).double()
+    for block, kv in zip(model.blocks, cache):
+        x = copy.deepcopy(block).double()(x, kv.double(), pos)
+    x = F.layer_norm(x, x.shape[-1:], model.lnf_w.double(), model.lnf_b.double(), model.config.eps)
+    return F.linear(x, model.embed_out.double()).flatten()
+
+
+def time_fused(case, fused, step=None):
+    step = step or fused.step
+    case.fill()
+    fused.start(case.token, case.context)
+    step()
+    error = case.check(fused.logits)
+    if fused.history[case.context] != fused.logits.argmax():
+        raise Refused("wrong, so not timed: the token is not the argmax of the logits")
+    note = ", ".join(f"{name} {fused.defines[name]}" for name in ("CLUSTER", "THREADS", "ROWS"))
+    return {"us": sample(step, lambda: fused.start(case.token, case.start)), "error": error, "note": note}
+
+
+def time_eager(case):
+    case.fill()
+    now = {}
+
+    def step():
+        logits = case.model(now["token"], case.cache, now["pos"])
+        now.update(token=logits[0].argmax(-1, keepdim=True), pos=now["pos"] + 1)
+    us = sample(step, lambda: now.update(token=case.token, pos=case.start))
+    return {"us": us, "error": case.limit}
+
+
+def plain_step(case, own_layout=False, bias_apart=False, two_streams=False):
+    """The decode step as PyTorch operators of fixed shapes: a function () -> (logits [1, V], token [1]).
+
+    `own_layout` copies w_out and w_down into nn.Linear's layout, [outputs, inputs]; `bias_apart` adds biases
+    after the product; `two_streams` computes the MLP beside the attention.
+    """
+    case.fill()
+    model, c, pos, token = case.model, case.model.config, case.context, case.token.flatten()
+    C, NH, HS, R = c.hidden, c.n_head, c.head_size, c.rotary_dims
+    where = torch.tensor([pos], device=token.device)
+    # RoPE for q, k and v alike, x * cos + x[partner] * sin, with cos 1 and sin 0 where nothing turns
+    partner = torch.arange(HS, device=token.device)
+    partner[:R] = partner[:R].roll(R // 2)
+    cos, sin = torch.ones(3, HS, device=token.device), torch.zeros(3, HS, device=token.device)
+    cos[:2, :R] = model.rope_cos[pos].repeat(2)
+    sin[:2, :R] = torch.cat((-model.rope_sin[pos], model.rope_sin[pos]))
+    layout = torch.Tensor.contiguous if own_layout else torch.Tensor.detach
+    layers = [(b, kv[..., :pos + 1, :].clone(), layout(b.w_out.T), layout(b.w_down.T))
+              for b, kv in zip(model.blocks, case.cache)]
+    side = torch.cuda.Stream() if two_streams else None
+
+    def linear(x, w, b):
+        return F.linear(x, w) + b if bias_apart else F.linear(x, w, b)
+
+    def attention(x, b, kv, w_out):                                               # kv [2, 1, NH, pos+1, HS]
+        qkv = linear(F.layer_norm(x, (C,), b.ln1_w, b.ln1_b, c.eps), b.w_qkv, b.b_qkv).view(NH, 3, HS)
+        qkv = (qkv * cos + qkv[..., partner] * sin).to(x.dtype)
+        kv.index_copy_(3, where, qkv[:, 1:].transpose(0, 1).reshape(2, 1, NH, 1, HS))
+        o = F.scaled_dot_product_attention(qkv[:, 0].reshape(1, NH, 1, HS), kv[0], kv[1])
+        return linear(o.reshape(1, C), w_out, b.b_out)
+
+    def mlp(x, b, w_down):
+        hidden = linear(F.layer_norm(x, (C,), b.ln2_w, b.ln2_b, c.eps), b.w_up, b.b_up)
+        return linear(F.gelu(hidden), w_down, b.b_down)
+
+    def step():
+        x = F.embedding(token, model.embed_in)                                    # [1, C]
+        for b, kv, w_out, w_down in layers:
+            if side is None:
+                x = x + (attention(x, b, kv, w_out) + mlp(x, b, w_down))
+                continue
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                added = mlp(x, b, w_down)
+            attn = attention(x, b, kv, w_out)
+            torch.cuda.current_stream().wait_stream(side)
+            x = x + (attn + added)
+        logits = F.linear(F.layer_norm(x, (C,), model.lnf_w, model.lnf_b, c.eps), model.embed_out)
+        return logits, logits.argmax(-1)
+    return step
+
+
+def time_captured(case, step):
+    """Times replays of a CUDA graph of `step`."""
+    started = time.perf_counter()
+    for _ in range(3):                                                            # compiles, tunes, allocates
+        step()
+    torch.cuda.synchronize()
+    seconds, graph = time.perf_counter() - started, torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits, _ = step()
+    graph.replay()
+    error = case.check(logits, times=2)
+    return {"us": sample(graph.replay), "error": error, "warm_up_s": seconds}
+
+
+def time_graph(case):
+    def captured(**setting):
+        return time_captured(case, plain_step(case, **setting))
+    return best_of({"one stream": captured, "two streams": functools.partial(captured, two_streams=True),
+                    "one stream, [out, in]": functools.partial(captured, own_layout=True),
+                    "two streams, [out, in]": functools.partial(captured, own_layout=True, two_streams=True)})
+
+
+def time_compile(case):
+    def compiled(mode, bias_apart):
+        step = plain_step(case, own_layout=True, bias_apart=bias_apart)
+        return time_captured(case, torch.compile(step, mode=mode, fullgraph=True, dynamic=False))
+    return best_of({"default mode": lambda: compiled("default", False),
+                    "max-autotune": lambda: compiled("max-autotune-no-cudagraphs", True)})
+
+
+def sentence(error):
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, Refused) else f"{type(error).__name__}: {text}"
+
+
+def attempt(function):
+    """What `function()` returns (a dict), or {"failed": sentence}: one failure must not cost the other rows.
+
+    Then drops compiled code, graphs and cached memory, so that the next measurement finds the GPU empty.
+    """
+    try:
+        result = function()
+    except Exception as error:  # noqa: BLE001 (libraries raise nearly every type there is)
+        result = {"failed": sentence(error)}
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return result
+
+
+def best_of(settings):
+    """The fastest result of {name: function}; its note says which, and how others failed."""
+    results = {name: attempt(function) for name, function in settings.items()}
+    medians = {name: median(result["us"]) for name, result in results.items() if "us" in result}
+    failures = [f"{name}: {result['failed']}" for name, result in results.items() if "us" not in result]
+    if not medians:
+        raise Refused("; ".join(failures))
+    best = min(medians, key=medians.get)
+    return results[best] | {"note": "; ".join([best, *failures]), "settings_us": medians}
+
+
+def transformers_model(config, device="cuda", dtype=torch.float16):
+    """A GPTNeoXForCausalLM of the same shape with transformers' own random weights, whose text never ends."""
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig
+    c = config
+    hf_config = GPTNeoXConfig(
+        vocab_size=c.vocab, hidden_size=c.hidden, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+        intermediate_size=c.mlp, max_position_embeddings=c.context,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta,
+                         "partial_rotary_factor": c.rotary_dims / c.head_size})
+    with torch.device(device):
+        hf = AutoModelForCausalLM.from_config(hf_config, dtype=dtype).eval()
+    hf.generation_config.eos_token_id = None
+    return hf
+
+
+def greedy(hf, prompt, new, **kwargs):
+    """transformers' generate: `new` tokens after `prompt` [1, T]."""
+    return hf.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False,
+                       pad_token_id=0, **kwargs)
+
+
+def time_generate(case, **kwargs):
+    """Microseconds of each new token of generate(), in calls that make NEW of them around `case.context`."""
+    first = max(1, min(case.context - NEW // 2, case.model.config.context - NEW))
+    us = []
+    for i in range(5):
+        times = []                                                # the prompt's, then each token's
+        streamer = SimpleNamespace(put=lambda _, times=times: times.append(time.perf_counter()),
+                                   end=lambda: None)
+        greedy(case.hf(), case.tokens[:, :first], NEW, streamer=streamer, **kwargs)
+        if i > 0:                                                 # the first call warms up, or compiles
+            us += (np.diff(times[1:]) * 1e6).tolist()
+    return {"us": us}
+
+
+def time_first(generate):
+    """Microseconds from a prompt to the second new token: prefill and the first decode step."""
+    us = []
+    for _ in range(13):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        generate()
+        torch.cuda.synchronize()
+        us.append((time.perf_counter() - started) * 1e6)
+    return {"us": us[3:]}
+
+
+BASELINES = {"eager": time_eager, "graph": time_graph, "compile": time_compile, "transformers": time_generate,
+             "transformers-static": functools.partial(time_generate, cache_implementation="static")}
+ABLATIONS = {"as shipped": {}, **{f"clusters of {k}": {"cluster": k} for k in (1, 2, 4, 8)},
+             **{f"{n} threads at least": {"threads": n} for n in (128, 256, 512)},
+             **{f"{n} rows a team and tile": {"rows": n} for n in (2, 4, 8)}}
+
+PHASES = ("S1 LayerNorm", "S2 q, k, v rows", "S8 units, wait for (1)", "S3-S5 rope, append, attend",
+          "S8 units, wait for (2)", "S6, S7 out rows", "S8 units", "S9 sum, wait for (3)", "S9 add to x",
+          "wait for (4), read x")  # what ends at the kernel's marks 1.. and at the next layer's first mark
+
+
+# ---- runs ----------------------------------------------------------------------------------------------
+
+class Results:
+    """results/bench-<gpu>.json: {"gpu", "runs": {date: facts}, "rows": {key: row}}; new rows replace old."""
+
+    def __init__(self, path, gpu, run):
+        self.path, self.run, self.wrong, self.fused = path, run, False, {}
+        self.data = json.loads(path.read_text()) if path.exists() else {"gpu": gpu, "runs": {}, "rows": {}}
+        self.data["runs"][run["date"]] = run
+
+    def floor_us(self, model, context):
+        return token_bytes(Config.from_name(model), context) / self.run["read_bytes_a_second"] * 1e6
+
+    def add(self, kind, model, context, what, function):
+        """Makes a row of what `function()` returns, or of why it failed; prints it and writes the file."""
+        row = {"kind": kind, "model": model, "context": context, "run": self.run["date"]} | attempt(function)
+        self.wrong |= row.get("failed", "").startswith("wrong")
+        if kind in ("step", "ablation"):
+            if what in ("fused", "as shipped") and "us" in row:
+                self.fused[model, context] = median(row["us"])
+            row |= {"floor_us": self.floor_us(model, context), "fused_us": self.fused.get((model, context))}
+        key = f"{kind} {model} {context} {what}"
+        self.data["rows"][key] = row
+        used = {row["run"] for row in self.data["rows"].values()}
+        self.data["runs"] = {date: run for date, run in self.data["runs"].items() if date in used}
+        self.path.parent.mkdir(exist_ok=True)
+        whole = self.path.with_suffix(".new")                     # a run that is killed leaves the old file
+        whole.write_text(json.dumps(self.data).replace(': {"kind"', ':\n{"kind"') + "\n")
+        whole.replace(self.path)
+        error = f", error {row['error']:.2e}" if "error" in row else ""
+        tqdm.write(f"{key}: {cell(row, spread=True, ratio=True, note=True)}{error}")
+
+
+def measure(args):
+    """Measures what the command line asks for; the exit code is 1 if a result was wrong."""
+    if not torch.cuda.is_available():
+        raise Refused("no CUDA GPU is found: measure on a machine with one; --report needs none")
+    torch.set_grad_enabled(False)
+    arch, gpu = device_arch("cuda"), torch.cuda.get_device_name()
+    bandwidth, state = read_bandwidth(arch)
+    run = {"date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), "kernel": kernel_hash(),
+           "command": shlex.join(["python", "bench.py", *sys.argv[1:]]), "read_bytes_a_second": bandwidth,
+           **state, "torch": torch.__version__, "cuda": torch.version.cuda,
+           "transformers": version("transformers")}
+    slug = re.sub("[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia "))
+    results = Results(HERE / "results" / f"bench-{slug}.json", gpu, run)
+    tqdm.write("\n".join([gpu, *(f"  {key}: {value}" for key, value in run.items())]))
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCH_EXTENSIONS_DIR"] = folder               # so that no kernel is found already built
+        build_all(args, results, arch)
+        for name in tqdm(args.models, desc="measuring", unit="model"):
+            what = timeline if args.timeline else ablate if args.ablate else compare
+            outcome = attempt(lambda name=name, what=what: what(name, args, results))
+            if outcome:                                           # too large for this GPU, for one
+                results.add("step", name, args.contexts[0], "fused", lambda outcome=outcome: outcome)
+    print(tables(results.data))
+    return int(results.wrong)
+
+
+def build_all(args, results, arch):
+    """Compiles every kernel of this run, side by side; the seconds that each took are rows."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    tunings = ABLATIONS.values() if args.ablate else [{"extra": {"TIMELINE": 1}}] if args.timeline else [{}]
+    jobs = [(name, tuning) for name in args.models for tuning in tunings]
+
+    def build(job):
+        started = time.perf_counter()
+        try:
+            load(constants(Config.from_name(job[0]), arch, sms=sms, **job[1]), arch)
+        except Refused as refusal:
+            return {"failed": str(refusal)}
+        return {"seconds": time.perf_counter() - started, "at_once": len(jobs)}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (name, tuning), row in zip(jobs, pool.map(build, jobs)):
+            if not tuning:
+                results.add("build", name, 0, "build", lambda row=row: row)
+
+
+def compare(name, args, results):
+    """All rows of one model but the ablations."""
+    config, one = Config.from_name(name), torch.ones(8, 8, dtype=torch.float16, device="cuda")
+    one @ one                                                     # allocates cuBLAS's workspace beforehand
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = Pythia.random(name, dtype=torch.float16, device="cuda")
+    cache, fused = model.new_cache(), None
+    needed = cache.nbytes + sum(w.nbytes for w in model.parameters())
+
+    def memory():
+        nonlocal fused
+        fused = model.fuse(cache=cache)
+        fused.start(0, 0)
+        fused.step()                                              # captures the graph
+        torch.cuda.synchronize()
+        return {"of_needed": (torch.cuda.max_memory_allocated() - before) / needed, "needed_bytes": needed}
+    results.add("memory", name, 0, "memory", memory)
+    hf = functools.cache(lambda: transformers_model(config))      # made by the baseline that needs it first
+    for context in args.contexts:
+        case = Case(model, cache, context, hf)
+        tqdm.write(f"step {name} {context} floor: {number(results.floor_us(name, context))}, error of the "
+                   f"float16 reference, the limit of fused: {case.limit:.2e}")
+        if fused:
+            results.add("step", name, context, "fused", functools.partial(time_fused, case, fused))
+        for what in args.baselines:
+            results.add("step", name, context, what, functools.partial(BASELINES[what], case))
+    if "transformers" in args.baselines:
+        prompt = torch.randint(1, config.vocab, (1, PROMPT), device="cuda")
+        results.add("first", name, PROMPT, "fused",
+                    lambda: time_first(lambda: list(model.generate(prompt[0], 2, fused=True))))
+        results.add("first", name, PROMPT, "transformers",
+                    lambda: time_first(lambda: greedy(hf(), prompt, 2)))
+
+
+def ablate(name, args, results):
+    """The fused step with one build constant changed, without a graph, and with one launch a block."""
+    model = Pythia.random(name, dtype=torch.float16, device="cuda")
+    case, L = Case(model, model.new_cache(), args.contexts[0]), model.config.n_layer
+
+    def variant(**tuning):
+        return time_fused(case, model.fuse(cache=case.cache, **tuning))
+
+    def launch_a_block():
+        fused, graph = model.fuse(cache=case.cache), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(L):
+                fused.launch(i, i + 1, i == L - 1)
+        return time_fused(case, fused, graph.replay)
+    for what, tuning in (ABLATIONS | {"no graph": {"graph": False}}).items():
+        results.add("ablation", name, case.context, what, functools.partial(variant, **tuning))
+    results.add("ablation", name, case.context, "one launch a block", launch_a_block)
+
+
+def timeline(name, args, results):
+    """When the blocks pass the kernel's marks, in us from a layer's start: means over layers."""
+    model = Pythia.random(name, dtype=torch.float16, device="cuda")
+    case = Case(model, model.new_cache(), args.contexts[0])
+    fused = model.fuse(cache=case.cache, extra={"TIMELINE": 1})
+    blocks, L = fused.clusters * fused.defines["CLUSTER"], model.config.n_layer
+
+    def step():
+        fused.start(case.token, case.context)
+        fused.step()
+        torch.cuda.synchronize()
+        marks = fused.timeline[:blocks, 1:L].double() / 1e3                     # [blocks, layers, marks], us
+        first = marks[:, :, 0].amin(0)                                          # [layers]
+        return (marks - first[:, None]).mean(1), (first[-1] - first[0]) / (L - 2)
+    runs = [step() for _ in range(WARM_UP + SAMPLES)][WARM_UP:]
+    marks = torch.stack([marks for marks, _ in runs]).mean(0)
+    with_head = min(blocks, model.config.n_head * fused.defines["CLUSTER"])
+    marks[with_head:, 2:7] = marks[with_head:, 1:2]                             # stages these do not have
+    layer_us = float(torch.stack([us for _, us in runs]).mean())
+    results.add("timeline", name, case.context, "layer", lambda: {
+        "marks_us": marks.tolist(), "layer_us": layer_us, "with_head": with_head})
+
+
+# ---- report --------------------------------------------------------------------------------------------
+
+def report():
+    """Every results/bench-*.json as tables on standard output and in README.md, and as plots in assets/."""
+    paths = sorted((HERE / "results").glob("bench-*.json"))
+    files = {path.stem: json.loads(path.read_text()) for path in paths}
+    if not files:
+        raise Refused("results/ holds no bench-*.json: run bench.py on a GPU first")
+    text = "\n\n".join(tables(data, plots(name, data)) for name, data in files.items())
+    print(text)
+    readme, begin, end = HERE / "README.md", "<!-- bench:begin -->", "<!-- bench:end -->"
+    old = readme.read_text()
+    if not 0 <= old.find(begin) < old.find(end):
+        raise Refused(f"README.md has no lines {begin} and {end}: add them where the tables belong")
+    readme.write_text(f"{old[:old.index(begin)]}{begin}\n{text}\n{old[old.index(end):]}")
+
+
+def number(us):
+    return f"{us:.1f}" if us < 100 else f"{us:.0f}"
+
+
+def cell(row, spread=False, ratio=False, note=False):
+    """A row in words: its median in microseconds, or what else it is about."""
+    if "us" not in row:
+        return row.get("failed") or (f"{row['seconds']:.1f} s" if "seconds" in row else
+                                     f"{row['of_needed']:.3f}" if "of_needed" in row else
+                                     f"{row['layer_us']:.2f} us" if "layer_us" in row else "")
+    p10, p50, p90 = np.percentile(row["us"], (10, 50, 90))
+    return number(p50) + (f" ({number(p10)} to {number(p90)})" if spread else "") + (
+        f" {p50 / row['fused_us']:.3g}x" if ratio and row.get("fused_us") else "") + (
+        f" ({row['note']})" if note and "note" in row else "")
+
+
+def tables(data, images=()):
+    """Markdown: steps; time to first token, memory and build; ablations; what was run; images."""
+    rows, out = data["rows"], []
+
+    def get(*key):
+        return rows.get(" ".join(map(str, key)), {})
+
+    def places(kind):
+        return sorted({(r["model"], r["context"]) for r in rows.values() if r["kind"] == kind},
+                      key=lambda place: (list(SIZES).index(place[0]), place[1]))
+
+    def table(header, body):
+        if body:
+            out.extend("| " + " | ".join(text.replace("|", r"\|") for text in cells) + " |"
+                       for cells in (header, ["---"] * len(header), *body))
+            out.append("")
+    used = [what for what in BASELINES if any(get("step", *place, what) for place in places("step"))]
+    steps, models = [], []
+    for place in places("step"):
+        fused = get("step", *place, "fused")
+        floor, share = "", ""
+        if "us" in fused:
+            floor, share = number(fused["floor_us"]), f"{fused['floor_us'] / median(fused['us']):.0%}"
+        steps.append([place[0], str(place[1]), floor, cell(fused, spread=True), share,
+                      *(cell(get("step", *place, what), ratio=True) for what in used)])
+    for model, _ in places("memory"):
+        keys = (("first", PROMPT, "fused"), ("first", PROMPT, "transformers"), ("memory", 0, "memory"),
+                ("build", 0, "build"))
+        models.append([model, *(cell(get(kind, model, context, what)) for kind, context, what in keys)])
+    table(["us a token", "cached", "floor", "fused (p10 to p90)", "floor / fused", *used], steps)
+    table(["model", f"{PROMPT} tokens in, 2 out: fused, us", "transformers, us",
+           "peak memory / (weights + cache)", "build"], models)
+    ablated = places("ablation")
+    table(["us a token", *(f"{model}, {context} cached" for model, context in ablated)], ablated and [
+        [what, *(cell(get("ablation", *place, what), spread=True, note=what == "as shipped")
+                 for place in ablated)] for what in (*ABLATIONS, "no graph", "one launch a block")])
+    for date, run in sorted(data["runs"].items()):
+        changed = "" if run["kernel"] == kernel_hash() else " (fused_block.cu has changed since)"
+        facts = (f"{key} {value}" for key, value in run.items() if key not in (
+            "date", "kernel", "command", "read_bytes_a_second"))
+        out.append(f"- {data['gpu']}, {date}, `{run['command']}`, kernel {run['kernel'][:12]}{changed}, "
+                   f"reads {run['read_bytes_a_second'] / 1e12:.3f} TB/s, {', '.join(facts)}")
+    return "\n".join([*out, *(f"\n![{what}]({path})" for what, path in images)])
+
+
+def plots(name, data):
+    """Draws ms a token against model size and against tokens cached, in assets/; [(what, path)].
+
+    Mid-grey and Okabe and Ito's colours (jfly.uni-koeln.de/color), to be read on white and on black.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise Refused("matplotlib is not installed: pip install matplotlib==3.11.2") from error
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+    (HERE / "assets").mkdir(exist_ok=True)
+    grey = "#808080"
+    plt.rcParams.update({
+        "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11, "legend.frameon": False,
+        "savefig.transparent": True, "axes.spines.top": False, "axes.spines.right": False, **dict.fromkeys(
+            ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), grey)})
+    colours = dict(zip(("fused", *BASELINES), (
+        "#0072B2", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#E69F00")))
+    images = [draw_timeline(plt, name, data["gpu"], row)
+              for row in data["rows"].values() if "marks_us" in row]
+    rows = [row | {"what": key.split()[-1], "ms": median(row["us"]) / 1e3, "floor": row["floor_us"] / 1e3,
+                   "bytes": token_bytes(Config.from_name(row["model"]), 0)}
+            for key, row in data["rows"].items() if row["kind"] == "step" and "us" in row]
+    if not rows:
+        return images
+    few = min(row["context"] for row in rows)
+    short, fused = [r for r in rows if r["context"] == few], [r for r in rows if r["what"] == "fused"]
+    size, context = (plt.figure(figsize=(8, 4.8)).gca() for _ in range(2))
+
+    def line(ax, rows, x, y, **style):
+        if points := sorted({(row[x], row[y]) for row in rows}):
+            ax.plot(*zip(*points), **({"color": grey, "linestyle": "--"} if y == "floor" else {
+                "marker": "o", "markersize": 4}) | style)
+
+    line(size, short, "bytes", "floor", label="floor")
+    for what, colour in colours.items():
+        line(size, [r for r in short if r["what"] == what], "bytes", "ms", color=colour, label=what)
+    names = {row["bytes"]: row["model"].removeprefix("pythia-") for row in rows}
+    size.set(xscale="log")
+    size.set_xticks([], minor=True)
+    size.set_xticks(list(names), list(names.values()))
+    size.legend()
+    for model in dict.fromkeys(row["model"] for row in fused):
+        one = sorted((r for r in fused if r["model"] == model), key=lambda r: r["context"])
+        line(context, one, "context", "floor")
+        line(context, one, "context", "ms", color=colours["fused"])
+        context.annotate(model.removeprefix("pythia-"), (one[-1]["context"], one[-1]["ms"]), (6, 0),
+                         textcoords="offset points", va="center", size=9)
+    images += [("Time a token against model size", f"assets/{name}-size.svg"),
+               ("Time a token against tokens cached", f"assets/{name}-context.svg")]
+    for ax, xlabel, (_, path) in zip((size, context), (
+            f"model, {few} tokens cached", "tokens cached (solid: fused, dashed: floor)"), images[-2:]):
+        ax.set(xlabel=f"{xlabel}; {data['gpu']}", ylabel="ms a token", yscale="log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.grid(color=grey, alpha=0.25, linewidth=0.6)
+        ax.figure.savefig(HERE / path, metadata={"Date": None}, bbox_inches="tight")
+    return images
+
+
+def draw_timeline(plt, name, gpu, row):
+    """One layer, a line a thread block; (what, path)."""
+    marks, path = np.array(row["marks_us"]), f"assets/{name}-timeline-{row['model']}.svg"
+    ends = np.c_[marks[:, 1:], marks[:, 0] + row["layer_us"]]
+    ax = plt.figure(figsize=(8, 5.6)).gca()
+    for phase, colour, begin, end in zip(PHASES, (
+            "#808080", "#0072B2", "#56B4E9", "#D55E00", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442",
+            "#80808040"), marks.T, ends.T):
+        ax.barh(range(len(marks)), end - begin, left=begin, height=1, color=colour, label=phase)
+    ax.set(xlabel=f"us since the layer's start; {row['model']}, {row['context']} tokens cached; {gpu}",
+           ylabel=f"thread block (those before {row['with_head']} have a head)", ylim=(len(marks), -1))
+    ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=9)
+    ax.figure.savefig(HERE / path, metadata={"Date": None}, bbox_inches="tight")
+    return f"One layer of {row['model']}, thread block by thread block", path
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"bench.py: {message}; see --help\n")
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--models", nargs="+", default=["160m", "2.8b"], metavar="SIZE",
+        help="14m to 12b (default: 160m 2.8b)")
+    add("--contexts", nargs="+", type=int, metavar="T",
+        help="tokens cached (default: 128 2000; --ablate: 128)")
+    add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES), metavar="NAME",
+        help=f"of {', '.join(BASELINES)}, or none after the flag (default: all)")
+    add("--ablate", action="store_true", help="variants of the kernel instead of baselines")
+    add("--timeline", action="store_true", help="what each thread block does when in a layer, nothing else")
+    add("--report", action="store_true", help="README tables and plots from results/, no measuring")
+    args = parser.parse_args(argv)
+    args.contexts = args.contexts or ([128] if args.ablate or args.timeline else [128, 2000])
+    args.models = ["pythia-" + size.removeprefix("pythia-") for size in args.models]
+    try:
+        most = min(Config.from_name(name).context for name in args.models) - STEPS
+        if not all(STEPS <= context <= most for context in args.contexts):
+            raise Refused(f"--contexts must be from {STEPS} to {most}")
+        return report() if args.report else measure(args)
+    except Refused as refusal:
+        print(f"bench.py: {refusal}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bench.py: interrupted; finished rows are in results/", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

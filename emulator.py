@@ -1,0 +1,523 @@
+"""fused_block.cu in numpy: its clusters, ranks, teams, stages and sums, as loops that a debugger can follow.
+
+    python emulator.py                           one token of tiny-pythia, compared with float64
+    python emulator.py --explain pythia-2.8b     how the work is laid out; needs neither GPU nor compiler
+
+Functions have the kernel's names and are in its order; arithmetic is float64. Thread blocks take turns here,
+so a sync is where one loop over blocks ends and the next begins; its id is that of the kernel's sync table.
+The constants are read from the kernel's source. Data passes from producer to workers in order and without an
+address, as in the ring: whoever expects another tile computes nonsense. What has not arrived is NaN.
+"""
+import argparse
+import math
+import re
+import sys
+from collections import Counter, namedtuple
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from build import SHARED_BYTES, constants
+from model import Config, Pythia, Refused
+
+SOURCE = Path(__file__).with_name("fused_block.cu").read_text()
+READ_CEILING = 4.58e12  # bytes a second that an H200 reads; bench.py measures it
+
+# ---- constants ---------------------------------------------------------------------------------------------
+
+def evaluate(expression, names):
+    """The value of a C++ expression in which `names` {name: number} may stand."""
+    condition, choice, rest = expression.partition(" ? ")
+    if choice:
+        yes, _, no = rest.partition(" : ")
+        return evaluate(yes if evaluate(condition, names) else no, names)
+    python = re.sub(r"(?<=[\d.])(f|ll)\b|(?<=\d)'", "", expression)
+    for cpp, word in (("/", "//"), ("&&", "and"), ("||", "or")):
+        python = python.replace(cpp, word)
+    return eval(python, {"ceil_div": ceil_div}, names)
+
+
+def ceil_div(a, b):
+    return -(-a // b)
+
+
+def kernel_constants(defines):
+    """Every constexpr number of fused_block.cu as an attribute, for the -D constants of build.constants; and
+
+    .column [TEAM, COLS]: the columns that a thread of a team owns; .row [TEAMS, LANES]: the row of a tile
+    that a lane finishes. Raises Refused where a static_assert of the kernel fails.
+    """
+    k = dict(defines)
+    for several in re.findall(r"constexpr (?:int|float|long long) (\w+ = [^;]*);", SOURCE):
+        for one in re.split(r", (?=\w+ = )", several):
+            name, _, expression = one.partition(" = ")
+            k[name] = evaluate(expression, k)
+    for condition, why in re.findall(r'static_assert\(([^"]*),\s+"([^"]*)"\);', SOURCE):
+        if "sizeof" not in condition and not evaluate(condition, k):
+            raise Refused(f"the kernel has no code for these sizes: {why}")
+    column, = re.findall(r"int column\(int i\) const \{ return (.*?); \}", SOURCE)
+    row, = re.findall(r"const int row = (.*?);", SOURCE)
+    k["column"] = evaluate(column, k | {"piece": np.arange(k["TEAM"])[:, None], "i": np.arange(k["COLS"])})
+    k["row"] = evaluate(row, k | {"team": np.arange(k["TEAMS"])[:, None], "lane": np.arange(k["LANES"])})
+    return SimpleNamespace(**k)
+
+
+# ---- who does what -----------------------------------------------------------------------------------------
+
+Plan = namedtuple("Plan", "rank cluster clusters first_unit last_unit filler first_token last_token "
+                          "first_row last_row")
+
+
+def make_plan(k, block, blocks, position):
+    """The share of one of `blocks` thread blocks, for a token that has `position` tokens before it."""
+    rank, cluster, clusters = block % k.K, block // k.K, blocks // k.K
+    heads, busy = k.NH // clusters, k.NH % clusters * k.K
+    unit_bytes, scale = 4 * k.C, 256
+    head_bytes = (8 * k.HS * k.C + 2 * k.KV_WEIGHT * k.HS * position) // k.K + k.ATTENTION_BYTES
+    head_cost = scale * head_bytes // unit_bytes
+    fair = (scale * k.F + head_cost * k.NH * k.K) // blocks
+    room = fair - (heads + 1) * head_cost
+    of_busy = room if busy and room > 0 else 0
+    of_rest = (scale * k.F - of_busy * busy) // (blocks - busy)
+    everything = of_busy * busy + of_rest * (blocks - busy)
+    before = of_busy * block if block < busy else of_busy * busy + of_rest * (block - busy)
+    first_unit = k.F * before // everything
+    last_unit = k.F * (before + (of_busy if block < busy else of_rest)) // everything
+    parts = 2 * (heads + (block < busy)) + 1
+    filler = ceil_div(ceil_div(last_unit - first_unit, parts), k.TILE_ROWS) * k.TILE_ROWS
+    tokens = ceil_div(position, k.K)
+    first_token, last_token = min(tokens * rank, position), min(tokens * (rank + 1), position)
+    return Plan(rank, cluster, clusters, first_unit, last_unit, filler, first_token, last_token,
+                k.V * block // blocks, k.V * (block + 1) // blocks)
+
+
+# What a stage of the ring holds: n rows of a matrix from `first` on, with the biases of `biases` rows; or, as
+# matrix "kv", k and v of n cached tokens of a head.
+Stage = namedtuple("Stage", "matrix layer head first n biases bytes")
+
+
+def producer(k, plan, first_layer, last_layer, lm_head):
+    """Yields a block's Stages in the order in which its producer copies them."""
+    def rows(matrix, layer, first, last):
+        for row in range(first, last, k.TILE_ROWS):
+            n = min(k.TILE_ROWS, last - row)
+            for done in range(0, n, k.STAGE_ROWS):
+                part = min(k.STAGE_ROWS, n - done)
+                biases = n if matrix in ("w_qkv", "w_up") and done == 0 else 0
+                bias_bytes = ceil_div(row % 8 + n, 8) * 16 if biases else 0
+                yield Stage(matrix, layer, None, row + done, part, biases, part * k.C * 2 + bias_bytes)
+
+    def units(layer, first, last):
+        for j in range(first, last, k.TILE_ROWS):
+            yield from rows("w_up", layer, j, min(j + k.TILE_ROWS, last))
+            yield from rows("w_down", layer, j, min(j + k.TILE_ROWS, last))
+
+    def tokens(layer, head, first, last):
+        for t in range(first, last, k.KV_TOKENS):
+            n = min(k.KV_TOKENS, last - t)
+            yield Stage("kv", layer, head, t, n, 0, 2 * n * k.HS * 2)
+
+    for layer in range(first_layer, last_layer):
+        unit = plan.first_unit
+        for h in range(plan.cluster, k.NH, plan.clusters):
+            qkv, out = h * 3 * k.HS + plan.rank * k.QKV_ROWS, h * k.HS + plan.rank * k.OUT_ROWS
+            yield from rows("w_qkv", layer, qkv, qkv + k.QKV_ROWS)
+            yield from units(layer, unit, min(unit + plan.filler, plan.last_unit))
+            unit = min(unit + plan.filler, plan.last_unit)
+            yield from tokens(layer, h, plan.first_token, plan.last_token)
+            yield from units(layer, unit, min(unit + plan.filler, plan.last_unit))
+            unit = min(unit + plan.filler, plan.last_unit)
+            yield from rows("w_out", layer, out, out + k.OUT_ROWS)
+        yield from units(layer, unit, plan.last_unit)
+    if lm_head:
+        yield from rows("embed_out", -1, plan.first_row, plan.last_row)
+
+
+# ---- the workers -------------------------------------------------------------------------------------------
+
+class Worker:
+    """One thread block. Registers of its threads lie side by side: x [TEAM, COLS], the same in all teams; y
+    [TEAMS, TEAM, COLS]. A push is an assignment to a peer's inbox."""
+
+    def __init__(self, grid, block):
+        k = self.k = grid.k
+        self.grid, self.plan = grid, make_plan(k, block, grid.blocks, grid.position)
+        self.carries_x = block == grid.blocks - 1
+        self.ring = producer(k, self.plan, *grid.range)
+        self.qkv = np.full(3 * k.HS, np.nan)                                # (1) inbox
+        self.slice_o = np.full((k.K, k.OUT_ROWS), np.nan)                   # (2) inbox
+        self.slice_ml = np.full((k.K, 2), np.nan)                           # (2) inbox
+        self.sums = np.full((k.K * k.TEAMS, k.OWN), np.nan)                 # (3) inbox
+
+    def peer(self, rank):
+        return self.grid.workers[self.plan.cluster * self.k.K + rank]
+
+    def wait_full(self):
+        """(F) The next stage of the ring, its biases, and the counters of who uses what of it."""
+        at, k, grid = next(self.ring), self.k, self.grid
+        rows = slice(at.first, at.first + at.n)
+        if at.matrix == "kv":
+            stage = np.full((2, k.KV_TOKENS, k.HS), np.nan)
+            stage[:, :at.n] = grid.cache[at.layer, :, 0, at.head, rows].double()
+            return stage, None, grid.touched["kv"][at.layer, at.head, rows]
+        stage, biases = np.full((k.STAGE_ROWS, k.C), np.nan), np.full(k.BIAS_HALFS, np.nan)
+        stage[:at.n] = grid.weight(at.layer, at.matrix, rows)
+        if at.biases:                                                       # copied from a multiple of 8 on
+            start, n = at.first - at.first % 8, ceil_div(at.first % 8 + at.biases, 8) * 8
+            biases[:n] = grid.weight(at.layer, at.matrix.replace("w", "b", 1), slice(start, start + n))
+        return stage, biases, grid.touched[at.matrix][at.layer][rows]
+
+    def tile(self, n):
+        """The next tile, n rows, a team at a time: yields biases, team, r [..], rows [.., TEAM, COLS]."""
+        k = self.k
+        for part in range(k.PARTS):
+            if part * k.STAGE_ROWS >= n:
+                break
+            stage, biases, touched = self.wait_full()
+            for team in range(k.TEAMS):
+                stage_rows = np.arange(team, min(k.STAGE_ROWS, n - part * k.STAGE_ROWS), k.TEAMS)
+                place = stage_rows[:, None, None], k.column
+                touched[place] += 1
+                r = part * k.R // k.PARTS + stage_rows // k.TEAMS
+                yield biases if part == 0 else None, team, r, stage[place]
+
+    def dot_tile(self, x, n, skip, has_bias):
+        """[n]: the next tile's rows . x, plus its biases, of which the first `skip` are not ours."""
+        k, sums, bias = self.k, np.full(self.k.TILE_ROWS, np.nan), 0
+        for biases, team, r, rows in self.tile(n):
+            threads = (rows * x).sum(2)                                     # [.., TEAM]
+            warps = threads.reshape(len(r), k.TEAM_WARPS, k.LANES).sum(2)   # reduce_rows
+            sums[k.row[team, r]] = warps.sum(1)                             # (c)
+            if biases is not None and has_bias:
+                bias = biases[skip:skip + n]
+        return sums[:n] + bias
+
+    def axpy_tile(self, a, n):
+        """y += a[n] * the next tile's rows."""
+        for _, team, r, rows in self.tile(n):
+            self.y[team] += np.tensordot(a[self.k.row[team, r]], rows, 1)
+
+    def read_residual(self, x_now):
+        """S0"""
+        self.x = self.grid.from_fixed(x_now)[self.k.column]                 # (a)
+
+    def normalize(self):
+        """S1: two passes within a thread, then groups of n values merge: lanes in pairs, then warps."""
+        k, n, lane = self.k, self.k.COLS, np.arange(self.k.LANES)
+        mean = self.x.mean(1)
+        squares = ((self.x - mean[:, None]) ** 2).sum(1)
+        mean, squares = mean.reshape(k.TEAM_WARPS, k.LANES), squares.reshape(k.TEAM_WARPS, k.LANES)
+        while n < k.COLS * k.LANES:
+            other = lane ^ n // k.COLS                                      # of __shfl_xor_sync
+            squares = squares + squares[:, other] + (mean[:, other] - mean) ** 2 * (0.5 * n)
+            mean, n = 0.5 * (mean + mean[:, other]), 2 * n
+        part = mean[:, 0]                                                   # (b)
+        mean = part.sum() / k.TEAM_WARPS
+        squares = (squares[:, 0] + n * (part - mean) ** 2).sum()
+        self.x = (self.x - mean) / math.sqrt(squares / k.C + k.LN_EPS)
+
+    def affine(self, layer, gain, bias):
+        weight, column = self.grid.weight, self.k.column
+        return self.x * weight(layer, gain)[column] + weight(layer, bias)[column]
+
+    def qkv_rows(self, h):
+        """S2, and ClusterGather: every rank gets every rank's rows."""
+        k, first = self.k, self.plan.rank * self.k.QKV_ROWS
+        for i in range(0, k.QKV_ROWS, k.TILE_ROWS):
+            n = min(k.TILE_ROWS, k.QKV_ROWS - i)
+            value = self.dot_tile(self.xn1, n, (h * 3 * k.HS + first + i) % 8, True)
+            for r in range(k.K):
+                self.peer(r).qkv[first + i:first + i + n] = value
+
+    def rotate_and_append(self, layer, h):
+        """S3, S4: the last rank writes to the cache; all ranks use k and v as the cache rounds them."""
+        k, grid, half = self.k, self.grid, self.k.ROT // 2
+        for v in self.qkv[:k.HS], self.qkv[k.HS:2 * k.HS]:
+            a, b = v[:half].copy(), v[half:2 * half].copy()
+            v[:half], v[half:2 * half] = a * grid.cos - b * grid.sin, b * grid.cos + a * grid.sin
+        self.q = self.qkv[:k.HS] * (k.HS**-0.5 * math.log2(math.e))         # the softmax is in powers of 2
+        new = torch.tensor(self.qkv[k.HS:], dtype=grid.cache.dtype).view(2, k.HS)
+        self.k_new, self.v_new = new.double().numpy()
+        if self.plan.rank == k.K - 1:
+            grid.cache[layer, :, 0, h, grid.position] = new
+        self.qkv[:] = np.nan                                                # (d)
+
+    def attend(self, layer, h):
+        """S5: WARPS * WARP_TOKENS groups of lanes, each with m, l, o of its own tokens, a stage's at once."""
+        k, plan = self.k, self.plan
+        warp, sub = np.indices((k.WARPS, k.WARP_TOKENS))
+        m, l, o = np.full(warp.shape, -1e30), np.zeros(warp.shape), np.zeros((*warp.shape, k.HS))
+        if plan.rank == k.K - 1:                                            # the new token
+            m[-1, 0], l[-1, 0], o[-1, 0] = self.k_new @ self.q, 1, self.v_new
+            self.grid.touched["kv"][layer, h, self.grid.position] += 1
+        u = np.arange(k.BATCH)[:, None, None]
+        for t0 in range(plan.first_token, plan.last_token, k.KV_TOKENS):
+            n = min(k.KV_TOKENS, plan.last_token - t0)
+            (keys, values), _, touched = self.wait_full()
+            t = warp * k.WARP_TOKENS + sub + u * k.STRIDE                   # [BATCH, WARPS, WARP_TOKENS]
+            valid, t = t < n, np.minimum(t, n - 1)
+            np.add.at(touched, t[valid], 1)
+            score = np.where(valid, keys[t] @ self.q, -1e30)
+            top = np.maximum(m, score.max(0))
+            shrink, e = np.exp2(m - top), np.where(valid, np.exp2(score - top), 0)
+            m, l = top, l * shrink + e.sum(0)
+            o = o * shrink[..., None] + (e[..., None] * values[t]).sum(0)
+        of_warps = [merge(*of_lanes) for of_lanes in zip(m, l, o, strict=True)]
+        self.push_slice(*merge(*map(np.array, zip(*of_warps, strict=True))))  # (e)
+
+    def push_slice(self, m, l, o):
+        """ClusterReduce, first half: o [HS] in slices to the ranks that own them, m and l to all."""
+        for r in range(self.k.K):
+            self.peer(r).slice_o[self.plan.rank] = o[r * self.k.OUT_ROWS:(r + 1) * self.k.OUT_ROWS]
+            self.peer(r).slice_ml[self.plan.rank] = m, l
+
+    def out_rows(self):
+        """S6, S7"""
+        _, l, o = merge(*self.slice_ml.T, self.slice_o)
+        for i in range(0, self.k.OUT_ROWS, self.k.TILE_ROWS):
+            n = min(self.k.TILE_ROWS, self.k.OUT_ROWS - i)
+            self.axpy_tile(o[i:i + n] / l, n)
+        self.slice_o[:], self.slice_ml[:] = np.nan, np.nan
+
+    def units(self, last):
+        """S8: from the unit at which the block stopped before up to `last`."""
+        last = min(last, self.plan.last_unit)
+        for j in range(self.unit, last, self.k.TILE_ROWS):
+            n = min(self.k.TILE_ROWS, last - j)
+            a = self.dot_tile(self.xn2, n, j % 8, True)
+            bend = np.array([math.erf(value * 0.5**0.5) for value in a])
+            self.axpy_tile(0.5 * a * (1 + bend), n)
+        self.unit = last
+
+    def cluster_reduce(self):
+        """S9: every team's y to the ranks that own the columns."""
+        k, y = self.k, np.full(self.k.C, np.nan)
+        for team in range(k.TEAMS):
+            y[k.column] = self.y[team]
+            for r in range(k.K):
+                self.peer(r).sums[self.plan.rank * k.TEAMS + team] = y[r * k.OWN:(r + 1) * k.OWN]
+
+    def add_to_residual(self, x_next):
+        """S9: the sum of this rank's columns over the cluster, as integers."""
+        own = slice(self.plan.rank * self.k.OWN, (self.plan.rank + 1) * self.k.OWN)
+        x_next[own] += self.grid.to_fixed(self.sums.sum(0))
+        self.sums[:] = np.nan
+
+    def lm_head(self, x):
+        """S10: writes this block's logits, returns the best of them, packed with its token."""
+        k, best = self.k, 0
+        for first in range(self.plan.first_row, self.plan.last_row, k.TILE_ROWS):
+            n = min(k.TILE_ROWS, self.plan.last_row - first)
+            self.grid.logits[first:first + n] = logits = self.dot_tile(x, n, 0, False)
+            best = max(best, *(pack(logit, first + i) for i, logit in enumerate(logits)))
+        return best
+
+
+def merge(m, l, o):
+    """m, l, o of sets of tokens (axis 0) as those of all: o = sum 2^(s_t - m) v_t, l = sum 2^(s_t - m)."""
+    shrink = np.exp2(m - m.max())
+    return m.max(), shrink @ l, shrink @ o
+
+
+def pack(logit, token):
+    """An integer that is ordered by logit (fp32, NaN above all), then by smaller token."""
+    bits = int(np.float32(logit).view(np.uint32))
+    order = 0xFFFFFFFF if np.isnan(logit) else bits ^ 0xFFFFFFFF if bits >> 31 else bits | 1 << 31
+    return order << 32 | token ^ 0xFFFFFFFF
+
+
+# ---- the kernel --------------------------------------------------------------------------------------------
+
+class Emulator:
+    """The grid and its global memory. `launch` leaves x() [C], logits [V], token (likeliest, or -1), a row
+    in cache [L, 2, 1, NH, context, HS], touched {matrix: counts}: how often each weight and token served."""
+
+    def __init__(self, model, clusters, cache=None, fixed_one=None, **tuning):
+        """`model`: a Pythia of any dtype; `cache`: from its new_cache, is copied; `fixed_one`: what stands
+        for 1 in fixed point (default: the kernel's); `tuning`: arguments of build.constants."""
+        self.model, self.k = model, kernel_constants(constants(model.config, **tuning))
+        self.blocks, self.fixed_one = clusters * self.k.K, fixed_one or self.k.FIXED_ONE
+        self.cache = model.new_cache() if cache is None else cache.clone()
+        self.residual, self.rotation = np.zeros((3, self.k.C), np.int64), 0
+
+    def weight(self, layer, name, rows=slice(None)):
+        owner = self.model if layer < 0 else self.model.blocks[layer]
+        return getattr(owner, name).detach()[rows].double().numpy()
+
+    def to_fixed(self, v):
+        fits = np.abs(v) < self.k.FIXED_LIMIT
+        return np.where(fits, np.rint(v * self.fixed_one), self.k.FIXED_NAN).astype(np.int64)
+
+    def from_fixed(self, q):
+        return np.where(np.abs(q) < self.k.FIXED_EDGE, q / self.fixed_one, np.nan)
+
+    def x(self):
+        return self.from_fixed(self.residual[self.rotation])
+
+    def launch(self, token, position, first_layer=0, last_layer=None, lm_head=True, rng=None):
+        """Layers first_layer..last_layer - 1 for `token` at `position`; from a layer other than 0 on, for the
+        x that is there. `rng` (a numpy Generator) shuffles the order in which clusters add to x."""
+        k, model, last_layer = self.k, self.model, self.k.L if last_layer is None else last_layer
+        self.position, self.range = position, (first_layer, last_layer, lm_head)
+        self.cos, self.sin = (table[position].double().numpy() for table in (model.rope_cos, model.rope_sin))
+        self.logits, self.touched = np.full(k.V, np.nan), {"kv": np.zeros((k.L, k.NH, k.CTX), np.uint8)}
+        self.touched["embed_out"] = {-1: np.zeros((k.V, k.C), np.uint8)}
+        for name in ("w_qkv", "w_out", "w_up", "w_down"):
+            self.touched[name] = [np.zeros(getattr(block, name).shape, np.uint8) for block in model.blocks]
+
+        self.workers = [Worker(self, block) for block in range(self.blocks)]  # (0)
+        for w in self.workers:
+            if first_layer == 0:
+                w.x = self.weight(-1, "embed_in", token)[k.column]
+            else:
+                w.read_residual(self.residual[self.rotation])
+        for layer in range(first_layer, last_layer):
+            x_next, x_clear = (self.residual[(self.rotation + i) % 3] for i in (1, 2))
+            x_clear[:] = 0
+            order = np.arange(self.blocks // k.K) if rng is None else rng.permutation(self.blocks // k.K)
+            for cluster in order:
+                self.run_cluster(self.workers[cluster * k.K:(cluster + 1) * k.K], layer, x_next)
+            for w in self.workers:                                          # (4)
+                w.read_residual(x_next)
+            self.rotation = (self.rotation + 1) % 3
+        if lm_head:
+            best = 0
+            for w in self.workers:
+                w.normalize()
+                best = max(best, w.lm_head(w.affine(-1, "lnf_w", "lnf_b")))  # S10
+            finite = 1 << 23 <= best >> 32 < 0xFF800000                     # -FLT_MAX to FLT_MAX
+            self.token = best & 0xFFFFFFFF ^ 0xFFFFFFFF if finite else -1
+        left = [stage for w in self.workers for stage in w.ring]
+        assert not left, f"{len(left)} stages were copied and not used, the first is {left[0]}"
+
+    def run_cluster(self, ranks, layer, x_next):
+        """One layer in the blocks of one cluster."""
+        plan, k = ranks[0].plan, self.k
+        for w in ranks:
+            w.y, w.unit = np.zeros((k.TEAMS, k.TEAM, k.COLS)), w.plan.first_unit
+            if w.carries_x:                                                 # x and biases enter once
+                w.y[0] = w.x + (self.weight(layer, "b_out") + self.weight(layer, "b_down"))[k.column]
+            w.normalize()                                                   # S1
+            w.xn1, w.xn2 = w.affine(layer, "ln1_w", "ln1_b"), w.affine(layer, "ln2_w", "ln2_b")
+        for h in range(plan.cluster, k.NH, plan.clusters):
+            for w in ranks:
+                w.qkv_rows(h)                                               # S2
+                w.units(w.unit + w.plan.filler)                             # S8, while q, k, v travel
+            for w in ranks:                                                 # (1)
+                w.rotate_and_append(layer, h)                               # S3, S4
+                w.attend(layer, h)                                          # S5
+                w.units(w.unit + w.plan.filler)                             # S8, while m, l, o travel
+            for w in ranks:                                                 # (2)
+                w.out_rows()                                                # S6, S7
+        for w in ranks:
+            w.units(w.plan.last_unit)                                       # S8
+            w.cluster_reduce()                                              # S9
+        for w in ranks:                                                     # (3)
+            w.add_to_residual(x_next)
+
+
+# ---- the command line --------------------------------------------------------------------------------------
+
+def fitting_clusters(cluster, sms):
+    """About how many clusters a GPU holds at once, as build.default_cluster has it; only the driver knows."""
+    return sms // cluster if cluster <= 2 else sms * 10 // 11 // cluster
+
+
+def explain(name, cluster=None, arch="sm_90a", sms=132, position=128, clusters=None):
+    """Prints how the work on a token is laid out, for a model (one of SIZES, or a Config) and a GPU.
+
+    `cluster`: blocks in a cluster (default: by shape); `clusters`: how many of these the GPU holds (default:
+    an estimate); `position`: tokens in the cache. Needs neither GPU nor compiler. Raises Refused for what the
+    kernel has no code for.
+    """
+    from bench import token_bytes  # slow to import, and needed only here
+    config = name if isinstance(name, Config) else Config.from_name(name)
+    k = kernel_constants(constants(config, arch, cluster, sms=sms))
+    if not 0 <= position < k.CTX:
+        raise Refused(f"position {position} is not in 0..{k.CTX - 1}: take one that is")
+    clusters = clusters or fitting_clusters(k.K, sms)
+    blocks, us = clusters * k.K, 1e6 / READ_CEILING
+    work = []  # of each block: heads, hidden units, KB of heads, of K/V, of units, of all
+    for block in range(blocks):
+        plan, kb = make_plan(k, block, blocks, position), Counter()
+        for stage in producer(k, plan, 0, 1, False):
+            kb[stage.matrix] += stage.bytes / 1e3
+        heads, units = range(plan.cluster, k.NH, clusters), plan.last_unit - plan.first_unit
+        of_heads, of_units = kb["w_qkv"] + kb["w_out"], kb["w_up"] + kb["w_down"]
+        work.append((len(heads), units, of_heads, kb["kv"], of_units, kb.total()))
+    work = np.array(work)
+    token, ends = (token_bytes(c, position) for c in (config, replace(config, n_layer=0)))
+    layer, ring = (token - ends) / k.L, k.STAGES * k.STAGE_BYTES
+    gather, slices = 4 * k.NH * k.K * 3 * k.HS, 4 * k.NH * k.K * (k.HS + 2 * k.K)
+    print(f"""\
+model     C {k.C}, NH {k.NH}, HS {k.HS}, F {k.F}, V {k.V}, L {k.L}; {position} tokens in the cache
+grid      {blocks} blocks on {sms} multiprocessors ({arch}), {k.WORKERS} threads that compute, one that copies
+clusters  {clusters} of K = {k.K} blocks; head h belongs to cluster h mod {clusters}
+rank      of a head: {k.QKV_ROWS} of {3 * k.HS} rows of q, k, v
+                     {ceil_div(position, k.K)} of {position} cached tokens
+                     {k.OUT_ROWS} of {k.HS} output rows
+          of the cluster's sum: {k.OWN} of {k.C} columns
+team      {k.TEAM} threads ({k.TEAM / 32:g} warps) with {k.COLS} columns of a row each; {k.TEAMS} in a block
+tile      {k.TILE_ROWS} rows, {k.R} for each team, in {k.PARTS} stages
+stage     {k.STAGE_ROWS} rows, {k.STAGE_BYTES} bytes; or k and v of {k.KV_TOKENS} tokens
+ring      {k.STAGES} stages, {ring / 1024:.0f} of {k.SHARED_BYTES / 1024:.0f} KiB shared memory
+          together the rings hold {ring * blocks / 1e6:.1f} MB, {ring * blocks * us:.2f} us of reading
+
+floor     a layer {layer / 1e6:.2f} MB, {layer * us:.2f} us; K/V {4 * k.C * position / 1e6:.2f} MB of it
+          a token {token / 1e6:.1f} MB, {token * us:.1f} us; LM head {2 * k.V * k.C / 1e6:.1f} MB of it
+          at the {READ_CEILING / 1e12} TB/s that an H200 reads
+
+a layer:
+blocks  heads  hidden units   KB of heads   KB of K/V   KB of units   KB of all""")
+    for heads in sorted(set(work[:, 0]), reverse=True):
+        group = work[work[:, 0] == heads]
+        units, kb = group[:, 1], group[:, 2:].mean(0)
+        print(f"{len(group):>6} {heads:>6.0f} {units.min():>8.0f}..{units.max():<5.0f}"
+              f"{kb[0]:>11.1f}{kb[1]:>12.1f}{kb[2]:>14.1f}{kb[3]:>12.1f}")
+    print(f"""\
+the fullest block reads {work[:, 5].max() / work[:, 5].mean() - 1:.1%} more than the mean; in the division, \
+a head's small steps
+count as {k.ATTENTION_BYTES // 1024} KiB more, and K/V as {k.KV_WEIGHT / 2:g} times its size
+
+exchanged in a layer, KB:
+(1) q, k, v     {gather / 1e3:9.1f}   between shared memories, 1/{k.K} of it within a block
+(2) m, l, o     {slices / 1e3:9.1f}   likewise
+(3) y           {4 * blocks * k.TEAMS * k.C / 1e3:9.1f}   likewise
+sums of y       {8 * clusters * k.C / 1e3:9.1f}   added to x in L2 by {clusters} clusters
+(4) x           {8 * blocks * k.C / 1e3:9.1f}   read from L2 by {blocks} blocks""")
+
+
+def check(tokens, cluster):
+    """Prints the step of tiny-pythia after `tokens` here, and in model.py in float64."""
+    model = Pythia.from_pretrained(Path(__file__).with_name("tiny-pythia")).double()
+    cache, position = model.new_cache(), len(tokens) - 1
+    truth = model(torch.tensor([tokens]), cache)[0, -1].numpy()
+    grid = Emulator(model, 3, cache, cluster=cluster)
+    grid.launch(tokens[-1], position)
+    print(f"3 clusters of {cluster}: token {grid.token}, in float64 {truth.argmax()}; logits up to "
+          f"{np.abs(truth).max():.3g}, at most {np.abs(grid.logits - truth).max():.2g} apart")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--explain", metavar="MODEL", help="print how the work on a token is laid out")
+    parser.add_argument("--cluster", type=int, help="thread blocks in a cluster: 1, 2, 4 or 8")
+    parser.add_argument("--arch", choices=SHARED_BYTES, default="sm_90a", help="GPU architecture")
+    parser.add_argument("--position", type=int, default=128, help="tokens in the cache (default: 128)")
+    args = parser.parse_args()
+    try:
+        if args.explain:
+            explain(args.explain, args.cluster, args.arch, position=args.position)
+        else:
+            check([5, 6, 7, 8], args.cluster or 2)
+    except Refused as refusal:
+        print(f"emulator.py: {refusal}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
