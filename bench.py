@@ -573,6 +573,8 @@ def tables(data, images=()):
 
     def table(header, body):
         if body:
+            filled = [i for i in range(len(header)) if any(cells[i] for cells in body)]
+            header, *body = ([cells[i] for i in filled] for cells in (header, *body))
             out.extend("| " + " | ".join(text.replace("|", r"\|") for text in cells) + " |"
                        for cells in (header, ["---"] * len(header), *body))
             out.append("")

@@ -38,9 +38,9 @@
 //     L layers, and V*C*2 bytes of the LM head    5.291 GB / 4.58 TB/s = 1155   us a token
 //     keys and values of T tokens: 4*C*T bytes     1.31 MB / 4.58 TB/s =    0.3 us a layer at T = 128
 //
-// 4.58 TB/s is what a kernel that only reads gets out of an H200 (the probe in bench.py measures it); an even
-// share of it is 4.58 TB/s / 132 = 34.7 KB a us for each block. A token at T = 128 takes about 1270 us, of
-// which this floor is 1165 us. All that follows serves one aim: the memory never waits for the arithmetic.
+// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (the probe in bench.py measures it); a
+// block's even share is 4.58 TB/s / 132 = 34.7 KB a us. A token at T = 128 takes about 1254 us, by bench.py;
+// this floor is 1165 us. All that follows serves one aim: memory never waits for arithmetic.
 //
 // How to read. Chapter 1 is the picture, 2 the syncs, 3 and 4 the sizes and places. Then chapter 8, the
 // kernel, names every stage in order and says where the time goes; read the stages in chapter 7 as you meet

@@ -773,7 +773,8 @@ def uncovered(k, blocks, position):
     pieces = {name: [] for name in rows} | {h: [] for h in range(k.NH)}
     for block in range(blocks):
         plan = make_plan(k, block, blocks, position)
-        for stage in producer(k, plan, 0, 1, position == EMULATED_POSITIONS[0]):  # LM-head rows depend on no position
+        # LM-head rows do not depend on the position
+        for stage in producer(k, plan, 0, 1, position == EMULATED_POSITIONS[0]):
             pieces[stage.head if stage.matrix == "kv" else stage.matrix].append((stage.first, stage.n))
     if position != EMULATED_POSITIONS[0]:
         del rows["embed_out"]
@@ -831,8 +832,8 @@ def test_emulator(name, positions):
     """One block, and a whole step, against model.py in float64, with few clusters and with more than heads.
 
     The limits are those of fixed point; all other arithmetic is float64. A cluster's sum is off by up to half
-    a unit, so a block by clusters / 2 units (and a tenth for float64). Logits, in standard deviations, and k and
-    v are allowed 2 units for each cluster and layer. The kernel's unit is 2^-24, 6e-8; here it is 2^-36, so that
+    a unit, so a block by clusters / 2 units (and a tenth for float64). Logits, in standard deviations, and k
+    and v are allowed 2 units a cluster and layer. The kernel's unit is 2^-24, 6e-8; here it is 2^-36, so that
     a mistake has less to hide behind.
     """
     model, unit = small_model(name), 2.0**-36
@@ -976,7 +977,8 @@ def test_library_without_gpu(tmp_path):
     except Refused as refusal:
         pytest.skip(str(refusal))
     defines = build.constants(Config.from_name("pythia-2.8b"))
-    arguments = [*build.flags(defines, "sm_90a"), "-shared", "-Xcompiler", "-fPIC", "-o", tmp_path / "kernel.so"]
+    arguments = [*build.flags(defines, "sm_90a"), "-shared", "-Xcompiler", "-fPIC",
+                 "-o", tmp_path / "kernel.so"]
     subprocess.run([nvcc, *arguments, build.SOURCE], check=True, capture_output=True)
     library, k = ctypes.CDLL(str(tmp_path / "kernel.so")), kernel_constants(defines)
     sizes = [ctypes.c_int() for _ in range(3)]
