@@ -13,6 +13,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -107,6 +108,10 @@ def load(defines, arch):
     name = f"fused_block_{defines['HIDDEN']}_{arch}_{hashlib.sha256(key).hexdigest()[:16]}"
     try:
         folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+        if folder.stat().st_uid != os.getuid():
+            raise Refused(f"{folder} belongs to another user, whose code this would run: set "
+                          "TORCH_EXTENSIONS_DIR to a folder of your own")
+        folder.chmod(0o700)
         library = folder / f"{name}.so"
         with open(folder / "building", "w") as file:
             # The operating system drops this lock when its holder dies, so it is never stale. torch's own is

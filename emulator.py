@@ -25,6 +25,7 @@ from model import Config, Pythia, Refused
 
 SOURCE = Path(__file__).with_name("fused_block.cu").read_text()
 READ_CEILING = 4.58e12  # bytes a second that an H200 reads; bench.py measures it
+LAYER_US, LAUNCH_US = 3.5, 6  # above the floor, a layer and a launch: fits bench.py's record
 
 # ---- constants ---------------------------------------------------------------------------------------------
 
@@ -426,6 +427,12 @@ def fitting_clusters(cluster, sms):
     return sms // cluster if cluster <= 2 else sms * 10 // 11 // cluster
 
 
+def expected_us(config, position):
+    """Microseconds a token on an H200: the floor, and what layers and launch add to it."""
+    from bench import token_bytes  # slow to import, and needed only here
+    return token_bytes(config, position) / READ_CEILING * 1e6 + LAYER_US * config.n_layer + LAUNCH_US
+
+
 def explain(name, cluster=None, arch="sm_90a", sms=132, position=128, clusters=None):
     """Prints how the work on a token is laid out, for a model (one of SIZES, or a Config) and a GPU.
 
@@ -469,6 +476,7 @@ ring      {k.STAGES} stages, {ring / 1024:.0f} of {k.SHARED_BYTES / 1024:.0f} Ki
 floor     a layer {layer / 1e6:.2f} MB, {layer * us:.2f} us; K/V {4 * k.C * position / 1e6:.2f} MB of it
           a token {token / 1e6:.1f} MB, {token * us:.1f} us; LM head {2 * k.V * k.C / 1e6:.1f} MB of it
           at the {READ_CEILING / 1e12} TB/s that an H200 reads
+expected  {expected_us(config, position):.0f} us a token on an H200: floor, {LAYER_US} us a layer, {LAUNCH_US} us
 
 a layer:
 blocks  heads  hidden units   KB of heads   KB of K/V   KB of units   KB of all""")

@@ -104,15 +104,11 @@ def main(argv=None):
 
 def config_of(name, revision):
     """The Config of one of the ten sizes without looking further, or of any other checkpoint."""
-    from transformers import AutoConfig
-
-    from model import Config, Refused, loading
+    from model import Config, Refused
     try:
         return Config.from_name(name)
     except Refused:
-        with loading(name, revision):
-            hf_config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-            return Config.from_transformers(hf_config)
+        return Config.from_pretrained(name, revision)
 
 
 def stream(tokens, wanted, prompt, text, config, what):

@@ -34,6 +34,7 @@ SIZES = {  # name: (L, C, NH, V); in all ten F = 4 C, R = HS / 4, and there are 
     "pythia-12b": (36, 5120, 40, 50688),
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MOST_ELEMENTS = 10**11  # weights, and keys and values of a full context: eight times pythia-12b's
 
 
 class Refused(ValueError):
@@ -58,6 +59,12 @@ class Config:
     def head_size(self):
         return self.hidden // self.n_head
 
+    @property
+    def weights(self):
+        """How many weights the matrices have; LayerNorms and biases are few."""
+        C = self.hidden
+        return 2 * self.vocab * C + self.n_layer * (4 * C * C + 2 * C * self.mlp)
+
     @classmethod
     def from_name(cls, name):
         """The Config of one of SIZES; "EleutherAI/" before and "-deduped" after the name change nothing."""
@@ -68,29 +75,65 @@ class Config:
         return cls(n_layer=L, n_head=NH, hidden=C, mlp=4 * C, vocab=V, rotary_dims=C // NH // 4)
 
     @classmethod
+    def from_pretrained(cls, name_or_folder, revision=None):
+        """The Config of a checkpoint on the Hugging Face Hub or in a folder; Refused as by Pythia's."""
+        # imported here, because it takes seconds and Pythia.random has no need of it
+        from transformers import GPTNeoXConfig
+        with loading(name_or_folder, revision):
+            # a dict, so that nothing else in the file, such as the length of a table, is acted on
+            return cls.from_transformers(GPTNeoXConfig.get_config_dict(name_or_folder, revision=revision)[0])
+
+    @classmethod
     def from_transformers(cls, hf):
-        """The Config of a transformers config. Raises Refused with the first field this model cannot run."""
+        """The Config of a transformers config, or of the dict in config.json.
+
+        Raises Refused with the first field this model cannot run, or whose size is absurd.
+        """
+        fields = hf if isinstance(hf, dict) else hf.to_dict()
+        rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+        old = {"partial_rotary_factor": fields.get("rotary_pct", 0.25),           # as in the files of 2023
+               "rope_theta": fields.get("rotary_emb_base", 10000.0), "rope_type": rope.get("type", "default")}
+        rope = old | rope
+
         def need(field, value, runs):
             if value != runs:
-                raise Refused(f"config.json says {field} = {value!r}, but this model runs only {runs!r}: "
+                raise Refused(f"config.json says {field} = {value!r:.80}, but this model runs only {runs!r}: "
                               "take a Pythia checkpoint")
-        need("model_type", hf.model_type, "gpt_neox")
-        need("use_parallel_residual", hf.use_parallel_residual, True)
-        need("hidden_act", hf.hidden_act, "gelu")
-        need("tie_word_embeddings", hf.tie_word_embeddings, False)
-        need("attention_bias", hf.attention_bias, True)
-        need("rope_type (RoPE scaling)", hf.rope_parameters["rope_type"], "default")
-        head_size = hf.hidden_size // hf.num_attention_heads
-        rotary_pct = hf.rope_parameters["partial_rotary_factor"]
-        rotary_dims = int(head_size * rotary_pct)
+
+        def number(field, least, most, value=None, kind=int):
+            value = fields.get(field) if value is None else value
+            if type(value) not in (int, kind) or not least <= value <= most:
+                raise Refused(f"config.json says {field} = {value!r:.80}, but this model runs only {least} "
+                              f"to {most} ({kind.__name__}): take a Pythia checkpoint")
+            return value
+        need("model_type", fields.get("model_type"), "gpt_neox")
+        for field, runs in (("use_parallel_residual", True), ("hidden_act", "gelu"),
+                            ("tie_word_embeddings", False), ("attention_bias", True)):
+            need(field, fields.get(field, runs), runs)
+        need("rope_type (RoPE scaling)", rope["rope_type"], "default")
+        L, C = number("num_hidden_layers", 1, 1000), number("hidden_size", 1, 2**17)
+        NH, F = number("num_attention_heads", 1, C), number("intermediate_size", 1, 2**20)
+        V, context = number("vocab_size", 1, 2**24), number("max_position_embeddings", 1, 2**20)
+        if C % NH:
+            raise Refused(f"config.json says hidden_size = {C}, which its num_attention_heads = {NH} do not "
+                          "divide: take a Pythia checkpoint")
+        rotary_pct = number("rotary_pct", 0, 1, rope["partial_rotary_factor"], float)
+        rotary_dims = int(C // NH * rotary_pct)
         if rotary_dims < 2 or rotary_dims % 2:
-            raise Refused(f"config.json says rotary_pct = {rotary_pct}, {rotary_dims} of {head_size} "
+            raise Refused(f"config.json says rotary_pct = {rotary_pct}, {rotary_dims} of {C // NH} "
                           "dimensions, but this model rotates pairs: take a Pythia checkpoint")
-        eos = hf.eos_token_id if isinstance(hf.eos_token_id, list) else [hf.eos_token_id]
-        return cls(n_layer=hf.num_hidden_layers, n_head=hf.num_attention_heads, hidden=hf.hidden_size,
-                   mlp=hf.intermediate_size, vocab=hf.vocab_size, rotary_dims=rotary_dims,
-                   context=hf.max_position_embeddings, rope_theta=hf.rope_parameters["rope_theta"],
-                   eps=hf.layer_norm_eps, eos=tuple(token for token in eos if token is not None))
+        eos = fields.get("eos_token_id", 0)
+        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        config = cls(n_layer=L, n_head=NH, hidden=C, mlp=F, vocab=V, rotary_dims=rotary_dims, context=context,
+                     rope_theta=number("rope_theta", 1, 1e12, rope["rope_theta"], float),
+                     eps=number("layer_norm_eps", 1e-12, 1, kind=float),
+                     eos=tuple(number("eos_token_id", 0, 2**63 - 1, token) for token in eos))
+        if (elements := config.weights + 2 * L * C * context) > MOST_ELEMENTS:
+            raise Refused(f"config.json says num_hidden_layers = {L}, hidden_size = {C}, intermediate_size = "
+                          f"{F}, vocab_size = {V}, max_position_embeddings = {context}: {elements:.2g} "
+                          f"weights, keys and values, more than {MOST_ELEMENTS:.2g}: take a Pythia "
+                          "checkpoint")
+        return config
 
 
 class Block(nn.Module):
@@ -258,15 +301,17 @@ class Pythia(nn.Module):
         transformers finds, downloads and reads the files: safetensors or .bin, whole or sharded. Raises
         Refused where they cannot be had, or are not exactly this model.
         """
-        # imported here, because it takes seconds and Pythia.random has no need of it
-        from transformers import AutoConfig, GPTNeoXForCausalLM
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
         from transformers.utils import logging
         check_device(dtype, device)
         if revision is not None and os.path.isdir(name_or_folder):
             raise Refused(f"{name_or_folder} is a folder and has no revision {revision!r}: leave it out")
+        config = Config.from_pretrained(name_or_folder, revision)
+        hf_config = GPTNeoXConfig(
+            vocab_size=config.vocab, hidden_size=config.hidden, num_hidden_layers=config.n_layer,
+            num_attention_heads=config.n_head, intermediate_size=config.mlp)  # what the shapes follow from
         with loading(name_or_folder, revision):
-            hf_config = AutoConfig.from_pretrained(name_or_folder, revision=revision, trust_remote_code=False)
-            config = Config.from_transformers(hf_config)
+            check_files(name_or_folder, revision, config)
             hf, report = GPTNeoXForCausalLM.from_pretrained(
                 name_or_folder, config=hf_config, revision=revision or "main", dtype=dtype,
                 output_loading_info=True, ignore_mismatched_sizes=True)  # they are refused below, with names
@@ -284,6 +329,9 @@ class Pythia(nn.Module):
             module = hf.get_output_embeddings() if parent == "lm_head" else hf.get_submodule(parent)
             w = getattr(module, attribute).detach().to(device)
             setattr(module, attribute, None)
+            if not torch.stack(w.aminmax()).isfinite().all():                     # aminmax passes NaN on
+                raise Refused(f"{name_or_folder} has NaN or Inf in {name}, read as {dtype}: take dtype "
+                              "float32 or bfloat16, or fetch its files again")
             if transposed:  # in the same memory, which for a file that is mapped are its (private) pages
                 w = w.view(shape).copy_(w.T.contiguous())
             bar.update()
@@ -430,7 +478,7 @@ class Fused:
             sampler(self.logits)                                                  # loads PyTorch's kernels
             sampler.rng.set_state(drawn)
             self.graph.register_generator_state(sampler.rng)
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.device(self.device), torch.cuda.graph(self.graph):
             self.launch_and_choose(sampler)
 
     def decode(self, token, pos, steps, sampler=None):
@@ -442,7 +490,7 @@ class Fused:
         for n in range(steps + 1):
             if n < steps:
                 self.step(sampler)
-                ready[n % 2].record()
+                ready[n % 2].record(torch.cuda.current_stream(self.device))
             if n > 0:
                 with torch.cuda.stream(reader):
                     reader.wait_event(ready[(n - 1) % 2])
@@ -527,6 +575,35 @@ def check_arguments(config, tokens, max_new_tokens, temperature, top_k, top_p):
         raise Refused(f"top-k {top_k} leaves no token: take 1 or more")
     if top_p is not None and not 0 < top_p <= 1:
         raise Refused(f"top-p {top_p} is not a probability that leaves a token: take more than 0, at most 1")
+
+
+def check_files(name, revision, config):
+    """Refuses weights that are no floating-point numbers, and files too small to hold those of `config`.
+
+    Reads only what the files say of their tensors. transformers would turn whole numbers into others, and
+    fill memory with what is missing.
+    """
+    from transformers.modeling_utils import load_state_dict
+    from transformers.utils import cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+    for file in ("model.safetensors", "model.safetensors.index.json",          # transformers' own order
+                 "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if path := cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False):
+            break
+    else:
+        return                                                                 # transformers says it better
+    stored = 0
+    for part in get_checkpoint_shard_files(name, path, revision=revision)[0] if "index" in file else [path]:
+        for key, w in load_state_dict(part, map_location="meta").items():
+            if not w.is_floating_point() and not key.endswith(".attention.bias"):  # an unused mask of 2023
+                raise Refused(f"{name} has {key} in {w.dtype}: take a checkpoint in {', '.join(DTYPES)}")
+            if w.untyped_storage().nbytes() < w.nbytes:
+                raise Refused(f"{name} has {key} of {w.nbytes} bytes, but stores only "
+                              f"{w.untyped_storage().nbytes()} of them: fetch its files again")
+            stored += w.numel()
+    if config.weights > 2 * stored:                                            # else transformers names them
+        raise Refused(f"{name} has files with {stored} weights, but its config.json asks for "
+                      f"{config.weights}: fetch its files again")
 
 
 def check_device(dtype, device):

@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -34,6 +35,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.utils import cpp_extension
 from transformers import (
     AutoConfig,
@@ -51,6 +53,7 @@ from emulator import (
     SOURCE,
     Emulator,
     Plan,
+    expected_us,
     fitting_clusters,
     kernel_constants,
     make_plan,
@@ -338,6 +341,29 @@ def add_tensor(folder):
     as_bin(folder, lambda state: state.update({"gpt_neox.layers.1.adapter.weight": torch.ones(3)}))
 
 
+def edit_tensor(name, edit):
+    """`edit` of a tensor of the last layer, in model.safetensors."""
+    def edit_file(folder):
+        tensors, key = load_file(folder / "model.safetensors"), "gpt_neox.layers.1." + name
+        save_file(tensors | {key: edit(tensors[key])}, folder / "model.safetensors", {"format": "pt"})
+    return edit_file
+
+
+def fill(name, value):
+    def edit(w):
+        w.view(-1)[5] = value
+        return w
+    return edit_tensor(name, edit)
+
+
+def retype(name, dtype):
+    return edit_tensor(name, lambda w: w.to(dtype))
+
+
+def expand_tensor(folder):
+    as_bin(folder, lambda state: state.update({"gpt_neox.embed_in.weight": torch.ones(1).expand(300, 64)}))
+
+
 def drop_weights(folder):
     (folder / "model.safetensors").unlink()
 
@@ -363,7 +389,15 @@ REFUSALS = {  # name: (what is done to a good checkpoint, arguments, words the s
     "extra tensor": (add_tensor, [], ["not use", "gpt_neox.layers.1.adapter.weight"]),
     "extra layer": (config_field(num_hidden_layers=1), [], ["not use", "gpt_neox.layers.1.", "more"]),
     "other shape": (config_field(vocab_size=301), [], ["shape", "embed_in", "301"]),
-    "heads do not divide": (config_field(hidden_size=65), [], ["cannot be read"]),
+    "heads do not divide": (config_field(hidden_size=65), [], ["hidden_size = 65", "heads = 4"]),
+    "NaN": (fill("mlp.dense_4h_to_h.bias", math.nan), [], ["NaN", "layers.1.mlp.dense_4h_to_h.bias"]),
+    "Inf": (fill("attention.dense.weight", -math.inf), [], ["Inf", "layers.1.attention.dense.weight"]),
+    "too large for fp16": (fill("mlp.dense_h_to_4h.weight", 1e5), ["--dtype", "float16"],
+                           ["Inf", "layers.1.mlp.dense_h_to_4h.weight", "bfloat16"]),
+    "whole numbers": (retype("attention.dense.bias", torch.int8), [],
+                      ["layers.1.attention.dense.bias", "int8"]),
+    "weights of no bytes": (expand_tensor, [], ["gpt_neox.embed_in.weight", "76800", "4"]),
+    "files too small": (config_field(vocab_size=2**22), [], ["files with", "asks for 53", "fetch"]),
     "truncated safetensors": (truncate("model.safetensors"), [], ["cannot be read", "fetch"]),
     "truncated bin": (truncate("pytorch_model.bin"), [], ["cannot be read", "fetch"]),
     "truncated config": (truncate("config.json"), [], ["cannot be read", "config.json"]),
@@ -406,6 +440,163 @@ def test_refusals(case, tmp_path):
         except SystemExit as end:  # argparse's way
             rc = end.code
     report_refusal(case, rc, err.getvalue(), words)
+
+
+ABSURD = {  # field of config.json: values that are refused with its name
+    "hidden_size": (10**9, 10**30, 0, -64, 64.0, "64", None, [64], True, {}),
+    "num_hidden_layers": (10**6, 0, -1, 1.5, "2", None, []),
+    "num_attention_heads": (0, -4, 128, "4", None, math.nan),
+    "intermediate_size": (10**12, 0, -256, math.inf, None, [256]),
+    "vocab_size": (10**12, 0, -300, 1e3, "many", None),
+    "max_position_embeddings": (10**12, 0, -1, 2048.0, None),
+    "layer_norm_eps": (math.nan, math.inf, -1e-5, 0, "small", None, [1e-5]),
+    "eos_token_id": (-1, 0.5, "end", [0, None], {}),
+    "rope_theta": (0, -1e4, math.nan, math.inf, 10**400, "base", None, [1]),
+    "rotary_pct": (0, -0.25, math.nan, math.inf, 1.5, "quarter", None, []),
+}
+
+
+def test_hostile_config(tmp_path):
+    small_checkpoint(tmp_path)
+    good = (tmp_path / "config.json").read_text()
+    for field, values in ABSURD.items():
+        faults = []
+        for value in values:
+            (tmp_path / "config.json").write_text(good)
+            if field.startswith("ro"):
+                edit_config(tmp_path, rope_parameters=None, rotary_emb_base=10000, rotary_pct=0.25)
+            edit_config(tmp_path, **{"rotary_emb_base" if field == "rope_theta" else field: value})
+            try:
+                faults.append((value, Pythia.from_pretrained(tmp_path)))
+            except Refused as refusal:
+                faults += [(value, str(refusal))] * (f"{field} = {value!r:.80}" not in str(refusal))
+        report("hostile", f"{field}: {len(values)} values, not refused{faults or ''}", len(faults), 0)
+    (tmp_path / "config.json").write_text(good)
+    edit_config(tmp_path, num_hidden_layers=1000, hidden_size=2**14)
+    report_refused("10**12 weights", lambda: Pythia.from_pretrained(tmp_path), "hidden_size = 16384", "1e+11")
+    (tmp_path / "config.json").write_text(good)
+    edit_config(tmp_path, num_labels=10**12, quantization_config={"quant_method": "bitsandbytes"},
+                transformers_weights="elsewhere.safetensors", dtype="int8")
+    Pythia.from_pretrained(tmp_path)  # acts on none of these
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    report_refused("config.json of 100,000 brackets", lambda: Pythia.from_pretrained(tmp_path), "fetch")
+
+
+class Touch:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_hostile_code(tmp_path):
+    """Code that a checkpoint brings along is not executed: in a pickle, and in modules config.json names."""
+    small_checkpoint(tmp_path)
+    ran, weights = tmp_path / "ran", tmp_path / "pytorch_model.bin"
+    (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    edit_config(tmp_path, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    Pythia.from_pretrained(tmp_path)
+    report("hostile", "auto_map: code of the checkpoint executed", int(ran.exists()), 0)
+    for case, save in (("zip", lambda state: torch.save(state, weights)),
+                       ("of 2019", lambda state: torch.save(state, weights,
+                                                             _use_new_zipfile_serialization=False)),
+                       ("plain", lambda state: weights.write_bytes(pickle.dumps(state, 2)))):
+        (tmp_path / "model.safetensors").unlink(missing_ok=True)
+        save({"gpt_neox.embed_in.weight": Touch(ran)})
+        report_refused(f"pickle, {case}", lambda: Pythia.from_pretrained(tmp_path), "cannot be read")
+        report("hostile", f"pickle, {case}: executed", int(ran.exists()), 0)
+    pickle.loads(weights.read_bytes())
+    report("hostile", "pickle: does nothing even where it is executed", int(not ran.exists()), 0)
+
+
+def odd(st):
+    """What may stand in place of a value of config.json or of a safetensors header."""
+    listed = st.sampled_from([
+        0, 1, -1, 2, 3, 4, 8, 16, 64, 2**20, 2**31, 2**63, 10**12, 10**30, 0.0, 0.25, 1e-5, 1e308, math.nan,
+        math.inf, None, True, False, "", "gelu", "gpt_neox", "default", "linear", "F32", "F16", "I64", [], {},
+        [0, 8], [16], [2**62, 4]])
+    nested = st.recursive(st.integers(-9, 99), lambda inner: st.lists(inner, max_size=3)
+                          | st.dictionaries(st.text(), inner, max_size=3))
+    return listed | st.integers() | st.floats() | st.text(max_size=9) | nested
+
+
+def mutated(draw, st, odd_values, fields):
+    """JSON of `fields` (a dict) with up to three of its values, and of its bytes, replaced by odd ones."""
+    fields = copy.deepcopy(fields)
+    for _ in range(draw(st.sampled_from([0, 0, 1, 1, 1, 2, 3]))):
+        place = fields
+        key = draw(st.sampled_from(sorted(place)))
+        while isinstance(place[key], dict) and place[key] and draw(st.booleans()):
+            place = place[key]
+            key = draw(st.sampled_from(sorted(place)))
+        place[key] = draw(odd_values)
+    content = bytearray(json.dumps(fields), "utf-8", "surrogatepass")
+    if draw(st.integers(0, 3)) == 0:
+        for _ in range(draw(st.integers(1, 3))):
+            content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
+    return bytes(content)
+
+
+def resident(key):
+    """Bytes resident now (VmRSS), or at most since clear_refs (VmHWM)."""
+    return 1024 * int(re.search(key + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize(("what", "examples"), [("config.json", 3000), ("model.safetensors", 1500)])
+def test_fuzz(what, examples, tmp_path):
+    """Each damaged file ends in one Refused sentence or in a model that runs, and in little memory.
+
+    Any other exception fails the test, with the smallest edit that raises it.
+    """
+    hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed: see requirements.txt")
+    from hypothesis import strategies as st
+    GPTNeoXForCausalLM(GPTNeoXConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=32,
+        max_position_embeddings=64, eos_token_id=0)).save_pretrained(tmp_path)
+    good, is_config = (tmp_path / what).read_bytes(), what == "config.json"
+    size = int.from_bytes(good[:8], "little")  # of the header
+    fields = json.loads(good if is_config else good[8:8 + size])
+    odd_values, seen = odd(st), {"run": 0, "refused": 0, "several lines": 0}
+
+    def load():
+        if not is_config:
+            return Pythia.from_pretrained(tmp_path)
+        config = Config.from_pretrained(tmp_path)  # a large one takes large files
+        return Pythia.random(config) if config.weights < 10**6 else None
+
+    @hypothesis.settings(max_examples=examples, deadline=None, derandomize=True, database=None,
+                         suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(st.data())
+    def fuzz(data):
+        content = mutated(data.draw, st, odd_values, fields)
+        if not is_config:
+            length = data.draw(st.sampled_from([len(content)] * 8 + [0, size, 2**31, 2**63, 2**64 - 1]))
+            weights = bytearray(good[8 + size:])
+            for _ in range(data.draw(st.integers(0, 4))):
+                weights[data.draw(st.integers(0, len(weights) - 1))] = data.draw(st.integers(0, 255))
+            content = length.to_bytes(8, "little") + content + weights
+        (tmp_path / what).write_bytes(content)
+        try:
+            model = load()
+            list(model.generate([0], 2) if model else [])
+            seen["run"] += 1
+        except Refused as refusal:
+            seen["refused"] += 1
+            seen["several lines"] += "\n" in str(refusal)
+    load()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before = resident("VmRSS")
+    fuzz()
+    grown = (resident("VmHWM") - before) / 2**20
+    few = min(seen["run"], seen["refused"])
+    report("fuzz", f"{what}: {seen['refused']} refused, {seen['run']} run; 2 % / fewer",
+           examples / 50 / few if few else math.inf, 1)
+    report("fuzz", f"{what}: refusals of several lines", seen["several lines"], 0)
+    report("fuzz", f"{what}: MiB of memory at most", grown, 512)
 
 
 class MissingOnHub(http.server.BaseHTTPRequestHandler):
@@ -723,6 +914,24 @@ def test_build_cache(tmp_path, monkeypatch, forget_nvcc):
     report("build.py", "libraries unlike 1", abs(len(libraries) - 1), 0)
     other = load(killed)  # would raise if it compiled
     report("build.py", "compilations of what is cached", int(other not in libraries), 0)
+    folder = Path(other).parent
+    report("build.py", "bits that others have of the cache folder's mode", folder.stat().st_mode & 0o077, 0)
+    owner = folder.stat().st_uid
+    monkeypatch.setattr(build.os, "getuid", lambda: owner + 1)
+    report_refused("compile cache of another user", lambda: load(killed), "another user",
+                   "TORCH_EXTENSIONS_DIR")
+
+
+def test_expected_time():
+    """What --explain expects of an H200 against what bench.py has measured there."""
+    rows = json.loads(Path(HERE, "results", "bench-h200.json").read_text())["rows"].values()
+    measured = [row for row in rows if row["kind"] == "step" and row.get("note", "").startswith("CLUSTER")]
+    off = {(row["model"], row["context"]): expected_us(Config.from_name(row["model"]), row["context"]) /
+           float(np.median(row["us"])) - 1 for row in measured}
+    worst = max(off, key=lambda place: abs(off[place]))
+    report("--explain", f"expected / measured - 1, worst {worst[0]} at {worst[1]}", abs(off[worst]), 0.25)
+    report("--explain", "the same at 128 tokens from 160m on",
+           max(abs(o) for (name, at), o in off.items() if at == 128 and name != "pythia-70m"), 0.05)
 
 
 def test_record_is_current():
@@ -1628,6 +1837,17 @@ def test_two_models():
         report("two models", f"C {fused.config.hidden}: model deleted, graph alive: tokens that differ",
                sum(a != b for a, b in zip(again, text, strict=True)), 0)
     del garbage
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU: two models on two GPUs need another")
+@torch.inference_mode()
+def test_two_gpus():
+    """The same model on two GPUs, with steps that take turns: the same text on both, twice."""
+    for _ in range(2):
+        decoders = [Pythia.random(cut("pythia-160m"), 0, torch.float16, f"cuda:{i}").fuse() for i in range(2)]
+        pairs = list(zip(*(fused.decode(5, 0, 100) for fused in decoders), strict=True))
+        report("two GPUs", "tokens of 100 that differ", sum(one != two for one, two in pairs), 0)
 
 
 def lap(fused):
