@@ -266,7 +266,7 @@ struct Plan {
   int first_row, last_row;      // LM-head rows of this block
 };
 
-// One block's shared memory: 211456 bytes of 2.8b. An inbox is written by peers and by the block itself, and
+// One block's shared memory: 231936 bytes of 2.8b. An inbox is written by peers and by the block itself, and
 // is free again when chapter 2 says so. What the copy engine or push4 writes, and what is read 16 bytes at a
 // time, is aligned to 16 bytes.
 struct alignas(128) Shared {                        // bytes      what; writer -> reader; until
