@@ -1081,23 +1081,23 @@ struct Worker {  // one thread's view
 //   S9       pushes y[0..7] to rank 0; adds columns 1280, 1600, 1920, 2240 of the cluster's sum to x
 //   (4)      being thread 0, it is the one that arrives and polls
 //
-// Where the time goes, in a block with a head, same model and T, about, in us since the last (4). Bytes are
-// those that the block consumes in the step, with their time at an even share; `python bench.py --timeline`
-// prints and draws it for the GPU at hand.
+// Where the time goes, in a block with a head, same model and T: the bytes that the block consumes in each
+// step, with their time at an even share, and what costs time without bytes. `python bench.py --timeline`
+// measures and draws when the blocks of the GPU at hand pass the marks.
 //
-//     at        MARK         done by then                bytes     even share
-//      1.4 us   NORM         S0, S1                                            latency: L2, shuffles, (b)
-//     17        QKV          S2: 120 rows                614 KB    17.7 us
-//     19-20     1            S8: 16 units; (1)           164 KB     4.7
-//     22        ATTEND       S3, S4; S5: 64 tokens        20 KB     0.6        latency: (d), (e)
-//     25        2            S8: 12 units; (2)           123 KB     3.5
-//     30-33     OUT, UNITS   S6; S7: 40 rows; the rest   205 KB     5.9
-//     34        3            S9: (3)                                           latency: pushes
-//     34.5      ADDED        S9: additions                                     latency: L2
-//     37        START        (4)                                               waits for the slowest block
+//     MARK         done by then              bytes     even share
+//     NORM         S0, S1                                          latency: L2, shuffles, (b)
+//     QKV          S2: 120 rows              614 KB    17.7 us
+//     1            S8: 16 units; (1)         164 KB     4.7
+//     ATTEND       S3, S4; S5: 64 tokens      20 KB     0.6        latency: (d), (e)
+//     2            S8: 12 units; (2)         123 KB     3.5
+//     OUT, UNITS   S6; S7: 40 rows           205 KB     5.9
+//     3            S9: (3)                                         latency: pushes
+//     ADDED        S9: additions                                   latency: L2
+//     START        (4)                                             waits for the slowest block
 //
 // Steps without bytes are where the producer gains: it fills the ring, 205 KB, so that later steps go faster
-// than their even share. The layer's floor is 34.6 us; what is above it is mostly the wait at (4).
+// than their even share. The layer's floor is 34.6 us.
 
 __global__ void __launch_bounds__(WORKERS + 32, 1)
 fused_block(const __grid_constant__ Model m, const int first_layer, const int last_layer, const int lm_head) {
@@ -1284,17 +1284,16 @@ extern "C" void fused_sizes(int* workers, int* stages, int* shared_bytes) {
 // ----------------------------------------------------------------------------------------------------------
 // 11. Exercises: edits worth trying, with what to expect of a token of 2.8b at T = 128 on an H200
 //
-// 1. K: `--cluster 1` and `--cluster 4` (python bench.py --ablate). Expect about +31 % and +4 %. With 1, a
-// head's rows all fall to one block; with 4, fewer blocks fit. Which of (1), (2), (3) gets longer, and does
-// it matter?
-// 2. build.py: ROWS 4 and 16 instead of 8. Expect about +3 %, as reductions come twice as often, and +68 %,
-// as only two tiles fit into the ring and the producer cannot run ahead.
+// 1. K: cluster=1 and cluster=4 (python bench.py --ablate). Expect both to be slower, 1 by far: a head's rows
+// all fall to one block; with 4, fewer blocks fit. Which of (1), (2), (3) gets longer, and does it matter?
+// 2. build.py: ROWS 4 and 16 instead of 8. With 4, reductions come twice as often; with 16, only two tiles
+// fit into the ring and the producer cannot run ahead. Which costs more?
 // 3. make_plan: filler = 0. The bits of y change, as every thread adds in another order. The block of a head
 // takes longer by what (1) and (2) take to travel; how much is that of a token?
-// 4. build.py: attention_kib = 0. Expect about +2 %: the blocks with a head arrive last at (4). make_plan:
-// KV_WEIGHT = 2. Nothing at T = 128, about +4 % at T = 2000.
-// 5. add_to_residual: let every block add all C of its own sums, without cluster_reduce. Expect about +3 %,
-// as K times as many additions meet in L2.
+// 4. build.py: attention_kib = 0. Expect the blocks with a head to arrive last at (4). make_plan:
+// KV_WEIGHT = 2. Expect nothing at T = 128, and the same at T = 2000.
+// 5. add_to_residual: let every block add all C of its own sums, without cluster_reduce. K times as many
+// additions meet in L2: expect it to be slower (README.md has the numbers of one such attempt).
 // 6. to_fixed, add_relaxed: a float atomicAdd instead. In how many of 1000 launches do all bits agree?
 // 7. dot_tile: dots[1] for dots[2]. Find the interleaving of two warps that goes wrong, then count how often
 // it does. MUTANT 8, 9 and 10 drop (4), (1) and (2): expect test_block.py to see it in all of 200 launches.

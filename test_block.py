@@ -923,15 +923,18 @@ def test_build_cache(tmp_path, monkeypatch, forget_nvcc):
 
 
 def test_expected_time():
-    """What --explain expects of an H200 against what bench.py has measured there."""
-    rows = json.loads(Path(HERE, "results", "bench-h200.json").read_text())["rows"].values()
-    measured = [row for row in rows if row["kind"] == "step" and row.get("note", "").startswith("CLUSTER")]
-    off = {(row["model"], row["context"]): expected_us(Config.from_name(row["model"]), row["context"]) /
-           float(np.median(row["us"])) - 1 for row in measured}
-    worst = max(off, key=lambda place: abs(off[place]))
-    report("--explain", f"expected / measured - 1, worst {worst[0]} at {worst[1]}", abs(off[worst]), 0.25)
-    report("--explain", "the same at 128 tokens from 160m on",
-           max(abs(o) for (name, at), o in off.items() if at == 128 and name != "pythia-70m"), 0.05)
+    """What --explain expects of an H200 is within 5 % of bench.py's record, from 160m on, at 128 tokens.
+
+    5 % is what two constants for all models reach; smaller models are a matter of latencies, not of bytes.
+    """
+    rows = json.loads(Path(HERE, "results", "bench-h200.json").read_text())["rows"]
+    off = {}
+    for name in SIZES:
+        if us := rows.get(f"step {name} 128 fused", {}).get("us"):
+            off[name] = abs(expected_us(Config.from_name(name), 128) / float(np.median(us)) - 1)
+    off.pop("pythia-70m", None)
+    worst = max(off, key=off.get)
+    report("--explain", f"expected / measured - 1 of {len(off)} models, worst {worst}", off[worst], 0.05)
 
 
 def test_record_is_current():
