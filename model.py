@@ -89,11 +89,11 @@ class Config:
 
         Raises Refused with the first field this model cannot run, or whose size is absurd.
         """
+        from transformers import GPTNeoXConfig
         fields = hf if isinstance(hf, dict) else hf.to_dict()
-        rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-        old = {"partial_rotary_factor": fields.get("rotary_pct", 0.25),           # as in the files of 2023
-               "rope_theta": fields.get("rotary_emb_base", 10000.0), "rope_type": rope.get("type", "default")}
-        rope = old | rope
+        # transformers reads both spellings, rotary_pct and rope_parameters, and sees nothing else of the file
+        spellings = ("rope_parameters", "rope_scaling", "rotary_pct", "rotary_emb_base")
+        rope = GPTNeoXConfig(**{key: fields[key] for key in spellings if key in fields}).rope_parameters
 
         def need(field, value, runs):
             if value != runs:
