@@ -675,7 +675,8 @@ def draw_timeline(plt, name, gpu, row):
     for phase, colour, begin, end in zip(PHASES, (
             "#808080", "#0072B2", "#56B4E9", "#D55E00", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442",
             "#80808040"), marks.T, ends.T):
-        ax.barh(range(len(marks)), end - begin, left=begin, height=1, color=colour, label=phase)
+        ax.fill_betweenx(range(len(marks) + 1), np.r_[begin, begin[-1]], np.r_[end, end[-1]], step="post",
+                         color=colour, linewidth=0, label=phase)
     ax.set(xlabel=f"us since the layer's start; {row['model']}, {row['context']} tokens cached; {gpu}",
            ylabel=f"thread block (those before {row['with_head']} have a head)", ylim=(len(marks), -1))
     ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=9)

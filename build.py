@@ -112,7 +112,7 @@ def load(defines, arch):
             raise Refused(f"{folder} belongs to another user, whose code this would run: set "
                           "TORCH_EXTENSIONS_DIR to a folder of your own")
         folder.chmod(0o700)
-        library = folder / f"{name}.so"
+        library = folder / "kernel.so"  # renamed when whole: a killed linker leaves half a file
         with open(folder / "building", "w") as file:
             # The operating system drops this lock when its holder dies, so it is never stale. torch's own is
             # a file that others wait for: here it can only be what a killed build has left behind.
@@ -122,12 +122,14 @@ def load(defines, arch):
                 with Progress(f"Compiling the kernel for {arch} (once, about {COMPILE_SECONDS} s)"):
                     cpp_extension.load(name, [str(SOURCE)], extra_cuda_cflags=arguments,
                                        build_directory=str(folder), is_python_module=False, verbose=False)
+                (folder / f"{name}.so").replace(library)
         return ctypes.CDLL(str(library))
-    except OSError as error:
-        raise Refused(f"the compile cache cannot be used ({error}): set TORCH_EXTENSIONS_DIR to a writable "
-                      "folder with some free space") from error
-    except RuntimeError as error:
-        raise Refused(f"the kernel does not compile: {first_error(str(error))}") from error
+    except (OSError, RuntimeError) as error:
+        cause = first_error(str(error))
+        if isinstance(error, OSError) or "No space left" in cause:
+            raise Refused(f"the compile cache cannot be used ({cause}): set TORCH_EXTENSIONS_DIR, and TMPDIR "
+                          "for nvcc's own files, to a writable folder with some free space") from error
+        raise Refused(f"the kernel does not compile: {cause}") from error
 
 
 def kernel_hash():
@@ -153,8 +155,8 @@ def nvcc():
 
 
 def first_error(text):
-    """The first line of a compiler's output that says error."""
-    lines = [line.strip() for line in text.splitlines() if "error" in line.lower()]
+    """The first line of a compiler's output that names an error; "Error building extension" is no name."""
+    lines = [line.strip() for line in text.splitlines() if re.search("error: |No space left", line)]
     return (lines or text.strip().splitlines() or ["no message"])[0][:300]
 
 

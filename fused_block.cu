@@ -23,33 +23,20 @@
 // 10240, V vocabulary 50304, L layers 32, T tokens cached, 2048 at most; K thread blocks in a cluster, 2.
 // From here on a transformer block is a layer, and a block is CUDA's: a group of threads.
 //
-// The words of CUDA. A kernel is a function that every thread of a grid executes.
-//   block        threads on one multiprocessor, of which an H200 has 132; here 320 workers and a warp of 32
-//   cluster      blocks that can write into one another's shared memory
-//   warp, lane   32 threads that run in step; a lane is a thread's place among them; a shuffle lets the lanes
-//                of a warp read one another's registers
-//   memory       registers: a thread's own; shared: a block's, 227 KiB; global: the GPU's, behind an L2 cache
-//   sync         a point that some threads may pass only when others have reached theirs
-//   mbarrier     a word in shared memory that counts arrivals and bytes, and on which threads wait
-//
 // The budget. At batch 1 every weight is used once a token, so a layer takes as long as its bytes at least:
 //
 //     (4*C*C + 2*C*F) weights * 2 bytes           157.3 MB / 4.58 TB/s =   34.3 us a layer
 //     L layers, and V*C*2 bytes of the LM head    5.291 GB / 4.58 TB/s = 1155   us a token
 //     keys and values of T tokens: 4*C*T bytes     1.31 MB / 4.58 TB/s =    0.3 us a layer at T = 128
 //
-// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (the probe in bench.py measures it); a
-// block's even share is 4.58 TB/s / 132 = 34.7 KB a us. A token at T = 128 takes about 1254 us, by bench.py;
-// this floor is 1165 us. All that follows serves one aim: memory never waits for arithmetic.
+// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (the probe in bench.py measures it);
+// the even share of one of its 132 multiprocessors is 34.7 KB a us. By bench.py, a token at T = 128 takes
+// 1254 us on one GPU, 1274 on another; this floor is 1165 us. All that follows serves one aim: memory never
+// waits for arithmetic.
 //
 // How to read. Chapter 1 is the picture, 2 the syncs, 3 and 4 the sizes and places. Then chapter 8, the
-// kernel, names every stage in order and says where the time goes; read the stages in chapter 7 as you meet
-// them. Chapter 5, the instructions, can be taken on trust. emulator.py has the same dataflow in Python.
-//
-// References: ClusterFusion (arXiv 2508.18850) and ClusterFusion++ (arXiv 2604.23553) for fusing a layer with
-// cluster collectives; Pythia (arXiv 2304.01373); RoPE (arXiv 2104.09864); online softmax (arXiv 1805.02867)
-// and the merge of its partial results (FlashAttention, arXiv 2205.14135); Chan, Golub and LeVeque (1979) for
-// merging variances; the CUDA programming guide on clusters; the PTX ISA for chapter 5.
+// kernel, names every stage in order; read the stages in chapter 7 as you meet them. Chapter 5, the
+// instructions, can be taken on trust. emulator.py has the same dataflow in Python, README.md the references.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -70,9 +57,9 @@
 // (1) (2) (3) are syncs of a cluster; (4) is the grid's, the only one in a layer. The MLP needs none of its
 // own: a hidden unit is one row in, one row out, and whoever computes h_j adds all that it gives to y.
 //
-// Who owns what, in numbers of 2.8b at T = 128:
+// CUDA's levels, and who owns what, in numbers of 2.8b at T = 128:
 //
-//   grid         66 clusters, one block on every multiprocessor for the whole launch; x is in global memory
+//   grid         all threads of a launch: 66 clusters, with one block on every multiprocessor of the GPU
 //
 //                cluster 0         cluster 1                 cluster 31        clusters 32..65
 //                +------+------+   +------+------+           +------+------+   +------+------+
@@ -82,13 +69,16 @@
 //   heads             0                 1                         31               none
 //   hidden units   28     28         28     28                 29     28        124    124
 //
-//   cluster      K blocks that share the work of a head; head h belongs to cluster h mod (number of clusters)
+//   cluster      K blocks that can write into one another's memory. They share the work of a head; head h
+//                belongs to cluster h mod (number of clusters)
 //   rank         a block in its cluster: 120 of a head's 3*HS rows of q, k, v; 64 of its cached tokens; 40 of
 //                its HS output rows; hidden units of its own; 1280 of the C columns of the cluster's sum
 //   team         320 threads, C/8 (C/16 where C >= 4096), that hold one row between them; where C is small, a
 //                block has several teams, each with other rows
-//   warp         a tenth of a row: adds up its lanes' products by shuffles, frees what it has read
-//   thread       the same 8 columns, 16 bytes, of every row, of x and of y, from the first layer to the last:
+//   warp         32 threads that run in step and can read one another's registers (a shuffle): a tenth of a
+//                row. It adds up its threads' products, and frees what it has read
+//   thread       a lane of its warp. It has the same 8 columns, 16 bytes, of every row, of x and of y, from
+//                the first layer to the last:
 //
 //                row of C   | 0..7     | 8..15    | 16..23   | ...                      | 2552..2559 |
 //                           | thread 0 | thread 1 | thread 2 | ...                      | thread 319 |
@@ -96,14 +86,17 @@
 //                axpy       each adds a times its 8 columns to its 8 of y, in registers; no sync at all
 //
 //   producer     one lane of one more warp. It does nothing but start copies: weights do not depend on
-//                activations, so it runs ahead of stages and layers, as far as the ring of buffers has room.
+//                activations, so it runs ahead of stages and layers, as far as the ring of buffers has room
+//
+// Registers are a thread's own, shared memory (227 KiB) a block's; global memory, behind the L2 cache, is
+// everybody's, and has the weights, x and the cache.
 //
 // Tile and stage. A tile is what one dot_tile finishes, 8 rows of 2.8b: their sums are reduced together, so
 // that the latency of shuffles and of sync (c) is paid once for 8 rows. It comes in PARTS = 2 stages of the
 // ring, filled and freed one by one, so that the first is on its way again while the second is being read.
 //
 // ----------------------------------------------------------------------------------------------------------
-// 2. The syncs. The ids stand at every sync in the code.
+// 2. The syncs: points that some threads pass only when others have reached theirs; the code repeats the ids
 //
 //  id   scope    publishes                         to                         without it
 //  (0)  cluster  barriers, plan, RoPE's angles     peers and all threads      a push into a block not there
@@ -122,32 +115,31 @@
 //  (g)  block    that all it has to add is sent    the thread that arrives    (4) counts a block not yet done
 //  (h)  block    that (4) has been passed          all threads                the others run ahead of (4)
 //
-// The end of a launch is a sync too: x, the cache's new rows and State reach the next launch through it.
+// (1) (2) (3) (F) (E) are mbarriers: words in shared memory that count arrivals and, but for (E), bytes, so
+// that the data itself releases whoever waits. The end of a launch is a sync too: x, the cache's new rows and
+// State reach the next launch through it.
 //
-// (1) (2) (3) (F) are mbarriers that count bytes: the data itself releases whoever waits.
-//
-// Nobody says that an inbox of (1), (2) or (3) is free again, as (E) does for the ring, because the later
-// syncs say so. Follow a peer from one push into an inbox to its next push into the same: in between it waits
-// for what the inbox's owner sends only after all of its threads have read. (At each of (1), (2), (3) every
-// rank sends to every rank, so whoever has passed one has heard from all.)
+// Nobody says that an inbox of (1), (2) or (3) is free again, as (E) does for the ring: the later syncs imply
+// it. Between a peer's push into an inbox and its next, it waits for what the inbox's owner sends only after
+// all of its threads have read. (At each of (1), (2), (3) every rank sends to every rank, so whoever has
+// passed one has heard from all.)
 //
 //     inbox of        is read   so after    the owner sends            without which a peer cannot pass
 //     (1) q, k, v     in S3     (e)         m, l, o of this head       (2), before it pushes the next q, k, v
 //     (2) m, l, o     in S6     (f) or (g)  q, k, v of the next head   (1), before it pushes the next m, l, o
 //     (3) sums of y   in S9     (g)         its arrival                (4), before it pushes the next sums
 //
-// (After the last head of a layer (g) and (4) stand where (f) stands between heads.) It follows as well that
-// no barrier completes a phase before all threads of its block have seen the one before, so that one bit, the
-// parity, tells a waiting thread which phase it is in.
+// (After the last head (g) stands for (f).) So no barrier completes a phase before all threads of its block
+// have seen the one before, and one bit, the parity, tells a waiting thread which phase it is in.
 //
 // A block may leave while its own pushes fly: they come from registers. None leaves while pushes fly towards
 // it: it waits for every byte of (1), (2) and (3).
 
 // ----------------------------------------------------------------------------------------------------------
-// 3. Configuration: build.py gives the shape and five choices as -D constants, the rest follows
+// 3. Configuration
 //
-// The choices are CLUSTER, THREADS, ROWS, SHARED_BYTES and ATTENTION_BYTES (of make_plan, chapter 7). Values
-// for 2.8b are in brackets.
+// build.py gives -D constants: the shape, and CLUSTER, THREADS, ROWS, SHARED_BYTES and ATTENTION_BYTES (of
+// make_plan, chapter 7). The rest follows. Values for 2.8b are in brackets.
 
 constexpr int C = HIDDEN, NH = HEADS, HS = HEAD_SIZE, ROT = ROTARY;
 constexpr int F = MLP, V = VOCAB, L = LAYERS, CTX = CONTEXT;
@@ -155,7 +147,7 @@ constexpr int K = CLUSTER;
 constexpr int R = ROWS;
 constexpr float LN_EPS = 1e-5f;
 #ifndef MUTANT
-#define MUTANT 0  // chapter 4 lists them
+#define MUTANT 0  // chapter 4
 #endif
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -220,7 +212,7 @@ struct Layer {  // weights, fp16, read only; the matrices are rows of C (see mod
   const half *w_down, *b_down;                // [F] rows, [C]
 };
 
-struct State {  // global memory, kept between launches; written by the last block to finish, and by the host
+struct State {  // global memory, kept between launches; the last block to finish readies it
   int token;                // read by the next launch; the argmax of this one, or -1 if it is not finite
   int position;             // tokens in the cache
   unsigned rotation;        // which of the three residual buffers holds x
@@ -252,10 +244,9 @@ struct Model {  // the kernel's one parameter: pointers only, the same for every
 //     layer l + 1   0: cleared              1: x, read               2: next x, sums arrive
 //     layer l + 2   0: next x, sums arrive  1: cleared               2: x, read
 //
-// Read, then cleared: a block clears buffer 0 in layer l + 1, so it has passed the (4) that ends layer l, at
-// which all blocks arrived with buffer 0 read. Cleared, then added to: sums for buffer 0 come from blocks
-// that have passed the (4) that ends layer l + 1, at which the clearing block arrived after it cleared. Added
-// to, then read: the (4) that ends layer l + 2. Between launches, the end of the launch stands for (4).
+// Between two roles of a buffer stands a (4), which no block passes before all arrive: all have read it
+// before one clears it, it is clear before one adds, all sums are in it before one reads. Between launches,
+// the end of the launch stands for (4).
 
 // Who does what in this launch. Depends on block, grid and position alone: every run divides work alike.
 struct Plan {
@@ -266,9 +257,8 @@ struct Plan {
   int first_row, last_row;      // LM-head rows of this block
 };
 
-// One block's shared memory: 231936 bytes of 2.8b. An inbox is written by peers and by the block itself, and
-// is free again when chapter 2 says so. What the copy engine or push4 writes, and what is read 16 bytes at a
-// time, is aligned to 16 bytes.
+// One block's shared memory: 231936 bytes of 2.8b. Chapter 2 says when an inbox is free again. What the copy
+// engine or push4 writes, and what is read 16 bytes at a time, is aligned to 16 bytes.
 struct alignas(128) Shared {                        // bytes      what; writer -> reader; until
   half ring[STAGES][STAGE_ROWS * C];                // 10 x 20480 rows, or k and v; producer -> workers; (E)
   alignas(16) half bias[STAGES][BIAS_HALFS];        // 10 x 32    of a tile, in the place of its first stage
@@ -281,7 +271,7 @@ struct alignas(128) Shared {                        // bytes      what; writer -
   float part_o[WARPS][HS], part_m[WARPS],
       part_l[WARPS];                                // 3280       (e) of a warp's tokens; S5 -> S5; next (d)
   float dots[2][TEAMS][R][TEAM_WARPS];              // 640        (c) two in turn, see dot_tile
-  float stats[2][TEAMS][TEAM_WARPS][2];             // 160        (b) mean, squares; S1 -> S1; next layer
+  float stats[2][TEAMS][TEAM_WARPS][2];             // 160        (b) mean, squares; S1 -> S1; next (a)
   float rope_cos[ROT / 2], rope_sin[ROT / 2];       // 80         (0) of this position; the whole launch
   Plan plan;                                        // 40         (0) this block's; the whole launch
   unsigned rotation, arrivals;                      // 8          (0) of State, as the launch found them
@@ -298,13 +288,7 @@ enum SyncId { SYNC_QKV = 1, SYNC_SLICE, SYNC_SUMS, SYNC_GRID, SYNC_FULL, SYNC_EM
 //
 //   -DTAPS       stages write what they compute to Model::taps; y keeps its bits
 //   -DTIMELINE   thread 0 of every block writes the time, in ns, at each MARK of a layer
-//   -DMUTANT=k   one thing is broken, and test_block.py must notice:
-//                  1 S6 leaves the last rank's tokens out of o     6 S8 approximates GELU by tanh
-//                  2 S8 takes LN1(x) for LN2(x)                    7 S2 and S8 leave the biases out
-//                  3 S3 turns q and k the wrong way                8 (4) is not waited for
-//                  4 S9 leaves out a team's part of y              9 (1) is not waited for
-//                  5 S5 misses the last tokens, short of a stage  10 (2) is not waited for
-//                 11 block 0 never arrives at (4): the launch must give up, and say so
+//   -DMUTANT=k   one thing is broken, and test_block.py, which lists them, must notice
 #ifdef TAPS  // offsets into Model::taps
 enum { TAP_XN1 = 0, TAP_XN2 = TAP_XN1 + C, TAP_Q = TAP_XN2 + C, TAP_K = TAP_Q + C, TAP_V = TAP_K + C,
        TAP_O = TAP_V + C, TAP_H = TAP_O + C };
@@ -343,7 +327,6 @@ __device__ uint32_t peer(const void* place, int rank) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem(place)), "r"(rank));
   return address;
 }
-
 // Push: a store into a peer's shared memory that also counts its bytes on a barrier there, so that the data
 // announces itself. A load from the peer would cost a round trip; after a plain store, all threads of both
 // blocks would have to meet before anybody may read.
@@ -382,9 +365,7 @@ __device__ bool barrier_passed(uint64_t* b, uint32_t parity) {
   return passed;
 }
 // Peers and the copy engine see the barriers initialised so far; without it they may count on garbage.
-__device__ void barriers_exist() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
+__device__ void barriers_exist() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ void cluster_sync() {  // all threads of all blocks of the cluster meet
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
@@ -471,6 +452,8 @@ __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t pari
 
 // ----------------------------------------------------------------------------------------------------------
 // 6. Arithmetic: the two inner loops, and sums that do not depend on order
+//
+// An array that a loop indexes stays in registers only where the loop is unrolled: hence `#pragma unroll`.
 
 // 16 bytes, 8 fp16 -> 8 fp32. Products and sums are fp32 throughout; only weights, k and v are fp16.
 __device__ void widen(const uint4& w, float* f) {
@@ -486,7 +469,6 @@ __device__ float dot8(const uint4& w, const float* x, float sum) {
   for (int i = 0; i < 8; i++) sum = fmaf(f[i], x[i], sum);
   return sum;
 }
-
 __device__ void axpy8(float a, const uint4& w, float* y) {
   float f[8]; widen(w, f);
   for (int i = 0; i < 8; i++) y[i] = fmaf(a, f[i], y[i]);
@@ -510,10 +492,9 @@ __device__ float reduce_rows(float (&v)[R], int lane) {
 
 // The clusters add to x in whatever order they finish. A floating-point sum rounds at every step, so its last
 // bits would differ from run to run; an integer sum is the same in any order. So x between layers is 64-bit
-// fixed point in units of 2^-24 = 6e-8: for values above 1 no coarser than fp32, and 2^14 times finer than
-// fp16. A part that does not fit (65536 and up, more than fp16 holds; infinities; NaN) adds 2^54 instead, and
-// the sum reads back as NaN: the others, less than 2^40 each, cannot hide it, nor do 511 clusters of it
-// overflow.
+// fixed point in units of 2^-24 = 6e-8: for values above 1 no coarser than fp32. A part that does not fit
+// (65536 and up, more than fp16 holds; infinities; NaN) adds 2^54 instead, and the sum reads back as NaN: the
+// others, less than 2^40 each, cannot hide it, nor do 511 clusters of it overflow.
 constexpr float FIXED_ONE = 16777216.f, FIXED_LIMIT = 65536.f;
 constexpr long long FIXED_NAN = 1ll << 54, FIXED_EDGE = 1ll << 53;
 
@@ -527,8 +508,8 @@ __device__ float from_fixed(long long q) {
 // ----------------------------------------------------------------------------------------------------------
 // 7. The stages
 //
-// A card says: math; owner, who computes which part; bytes that a block moves, for 2.8b and with their time
-// at an even share of the bandwidth (34.7 KB a us); syncs; why it is done like this.
+// A card says: math; owner, who computes which part; bytes that a block moves, for which chapter 8 has the
+// numbers of 2.8b and their time; syncs; why it is done like this.
 
 // ---- The division of work --------------------------------------------------------------------------------
 //
@@ -536,14 +517,14 @@ __device__ float from_fixed(long long q) {
 // units fill up what the heads leave. Two costs are more than bytes. ATTENTION_BYTES is what a block could
 // have streamed in the time that the chain of small steps from (1) to (2) takes (measured; build.py sets it).
 // A cached token counts KV_WEIGHT / 2 times, because softmax makes it slower to use than to read.
-// The shares are fixed before the launch, so that the same sums are added in the same order every time. `long
-// long`, since F * F overflows.
+// The shares are fixed before the launch, so that the same sums are added in the same order every time.
 constexpr int KV_WEIGHT = 3;
 
 __host__ __device__ Plan make_plan(int block, int blocks, int position) {
   Plan p;
   p.rank = block % K; p.cluster = block / K; p.clusters = blocks / K;
   const int heads = NH / p.clusters, busy = NH % p.clusters * K;  // the first `busy` blocks have one more
+  // `long long`, since 256 * F * F is too large for an int.
   const long long unit_bytes = 4 * C, scale = 256;                // of two rows; costs are in 1/256 units
   const long long head_bytes = (8ll * HS * C + 2ll * KV_WEIGHT * HS * position) / K + ATTENTION_BYTES;
   const long long head_cost = scale * head_bytes / unit_bytes;
@@ -579,11 +560,8 @@ __device__ half* cache_row(const Model& m, int layer, int kv, int head, int toke
 
 // ---- The producer ----------------------------------------------------------------------------------------
 //
-// One lane walks through the same work as the workers, stage by stage in the same order, and starts the
-// copies. It waits only for room in the ring, never for an activation: while the workers stand at (4), up to
-// STAGES stages of the next layer land. A copy brings the rows that exist and no more; the rest of its stage
-// keeps old bytes.
-
+// The workers' own work, in the same order. While they stand at (4), up to STAGES stages of the next layer
+// land. A copy brings the rows that exist and no more; the rest of its stage keeps old bytes.
 struct Producer {
   const Model& m;
   Shared& s;
@@ -650,8 +628,7 @@ struct Producer {
 
 // ---- The workers -----------------------------------------------------------------------------------------
 
-// LayerNorms' gains (w) and biases (b) of a thread's columns, fp16.
-struct Norms { uint4 w1[PIECES], b1[PIECES], w2[PIECES], b2[PIECES]; };
+struct Norms { uint4 w1[PIECES], b1[PIECES], w2[PIECES], b2[PIECES]; };  // LayerNorms' gains and biases, fp16
 
 struct Worker {  // one thread's view
   const Model& m;
@@ -660,7 +637,7 @@ struct Worker {  // one thread's view
   const int team = TEAMS == 1 ? 0 : tid / TEAM, piece = TEAMS == 1 ? tid : tid % TEAM, team_warp = piece / 32;
   const int row = lane % R * TEAMS + team;  // which row of a tile this lane finishes, of the R of its team
   Ring ring;
-  int flip = 0;                             // which half of `dots` and `stats` is next
+  int flip = 0;                             // which half of `dots` and `stats` is next, see dot_tile
   uint32_t head_parity = 0, sums_parity = 0;
   Columns y;
 
@@ -679,11 +656,9 @@ struct Worker {  // one thread's view
   }
 
   // DOT TILE. The next tile's rows times x, plus bias: of n rows, with biases that start `skip` places into
-  // the tile's. Team t has rows t, t + TEAMS, ...; in every warp of it, lane l returns the finished row
-  // `row`.
+  // the tile's. Team t has rows t, t + TEAMS, ...; every lane of it returns the finished row `row`.
   // One sync (c) a tile is enough, with two buffers in turn: a warp that writes a buffer for tile i + 2 has
-  // passed (c) of tile i + 1, at which every warp arrived after it had read tile i. With one buffer, a second
-  // sync would have to follow the reading.
+  // passed (c) of tile i + 1, at which every warp arrived after it had read tile i.
   __device__ float dot_tile(const Columns& x, int n, int skip, bool has_bias) {
     float sums[R] = {}, bias = 0;
 #pragma unroll
@@ -773,9 +748,8 @@ struct Worker {  // one thread's view
   //   owner   every team, for itself: all blocks compute the same, since sending it would take longer
   //   bytes   8 * C, 20 KB, on their way since before (4)       syncs   contains (b)
   //   why     E[x^2] - E[x]^2 cancels where the mean is large. So a thread takes its mean first, then sums
-  //           the squared distances to it, and groups of n values merge exactly (Chan et al.):
+  //           the squared distances to it, and groups of n values merge exactly (Chan, Golub, LeVeque 1979):
   //               mean = (mean_a + mean_b) / 2, squares = squares_a + squares_b + (mean_a - mean_b)^2 * n / 2
-  //           `stats` has two halves only because it shares `flip` with `dots`; (a) keeps its uses apart.
   __device__ void normalize(Columns& x) {
     float mean = 0, squares = 0, n = COLS;
     for (int i = 0; i < COLS; i++) mean += x[i];
@@ -821,7 +795,7 @@ struct Worker {  // one thread's view
   // S2 QKV
   //   math    q, k, v of head h = rows @ xn1 + b
   //   owner   rank r has rows r*QKV_ROWS.. of the head's 3*HS
-  //   bytes   3 * HS * C * 2 / K, 614 KB, 17.7 us     syncs   (F) (E) (c) a tile; (1) after some hidden units
+  //   bytes   3 * HS * C * 2 / K     syncs   (F) (E) (c) a tile; (1) after some hidden units
   //   why     each tile is pushed as soon as it is finished, so only the last one's journey is left for (1)
   __device__ void qkv_rows(const Columns& xn1, int h) {
     if (tid == 0) barrier_expect(&s.qkv_ready, sizeof(s.qkv));  // (1)
@@ -836,7 +810,7 @@ struct Worker {  // one thread's view
   // S3 ROPE, S4 APPEND
   //   math    (a, b) <- (a cos - b sin, b cos + a sin) for dimensions i and i + ROT/2 of q and k, i < ROT/2
   //   owner   a thread for each of 3*HS values, the same in every rank; the last rank writes the cache
-  //   bytes   4 * HS, 320 to the cache                 syncs   after (1); ends with (d)
+  //   bytes   4 * HS to the cache    syncs   after (1); ends with (d)
   //   why     k and v are rounded to fp16 before use, so that this token is seen now as it will be later;
   //           every rank rotates for itself, as waiting for another would need a sync more
   __device__ void rotate_and_append(int layer, int h, int position) {
@@ -865,7 +839,7 @@ struct Worker {  // one thread's view
   //   math    s_t = q . k_t, m = max_t s_t, l = sum_t 2^(s_t - m), o = sum_t 2^(s_t - m) v_t
   //   owner   rank r has tokens first_token.., dealt out to TOKEN_LANES lanes a token, 8 dimensions a lane;
   //           the last warp of the last rank, which has the fewest tokens, adds the new one
-  //   bytes   4 * HS * T / K: 20 KB, 0.6 us at T = 128; 328 KB, 9.4 us at T = 2048
+  //   bytes   4 * HS * T / K, which is 328 KB and 9.4 us at T = 2048
   //   syncs   after (d); (F) (E) a stage; contains (e); (2) after some hidden units
   //   why     online softmax: a running maximum needs no second pass; when it grows, l and o shrink by
   //           2^(old - new). Parts with maxima of their own merge alike: lanes, warps (e), ranks (S6)
@@ -911,8 +885,7 @@ struct Worker {  // one thread's view
 #pragma unroll
       for (int u = 0; u < BATCH; u++) {
         const int t = base + u * STRIDE;
-        // Rows past n are what the stage held before, weights read as numbers: NaN among them, and 0 * NaN
-        // is NaN. A weight of 0 does not make them harmless; not reading them does.
+        // Past n the stage has older bytes, NaN among them, and 0 * NaN is NaN: only not reading them helps.
         if (t < n) {
           const float e = exp2f(score[u] - top);
           l += e;
@@ -959,7 +932,7 @@ struct Worker {  // one thread's view
   // S6 MERGE, S7 OUT ROWS
   //   math    o = sum_r 2^(m_r - m) o_r / sum_r 2^(m_r - m) l_r, then y += o[d] * output row d
   //   owner   rank r has dimensions r*OUT_ROWS.. of the head; every warp merges for itself what it needs
-  //   bytes   HS * C * 2 / K, 205 KB, 5.9 us           syncs   after (2); (F) (E) a tile
+  //   bytes   HS * C * 2 / K         syncs   after (2); (F) (E) a tile
   //   why     parts are added in the order of ranks, not of arrival, so that the bits are the same every time
   __device__ void out_rows(int h) {
     float top = s.slice_ml[0][0], weight[K], l = 0;
@@ -983,7 +956,7 @@ struct Worker {  // one thread's view
   // S8 HIDDEN UNITS
   //   math    h_j = gelu(up row j . xn2 + b_j), y += h_j * down row j; gelu(a) = a/2 (1 + erf(a / sqrt 2))
   //   owner   a block has units first_unit..last_unit - 1, and nobody else needs to know h_j
-  //   bytes   4 * C a unit, 10.2 KB, 0.3 us            syncs   (F) (E) (c) a tile
+  //   bytes   4 * C a unit           syncs   (F) (E) (c) a tile
   //   why     it needs nothing but x, so it fills the time in which something else is on its way; Pythia is
   //           trained with erf, from which GELU by tanh is off by up to 5e-4
   __device__ void units(const Columns& xn2, int first, int last) {
@@ -1069,32 +1042,23 @@ struct Worker {  // one thread's view
 // ----------------------------------------------------------------------------------------------------------
 // 8. The kernel
 //
-// One thread, followed: thread 0 of rank 1 of cluster 5 of 2.8b (block 11), through one layer at T = 128.
-//   S0, S1   reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960; has columns 0..7 from (a) on
-//   S2       rows 1320..1439 of w_qkv, of head 5: k from dimension 40 on, and v; 15 tiles of 8 rows times its
-//            8 columns. It has the sum of a tile's first row, and pushes it to rank 0, lane 8 to rank 1
-//   S8, (1)  units 310..325
-//   S3, S5   rotates q[0] with q[10]; dimensions 0..7 of tokens 64, 84, 104, 124; after (e) it merges
-//            dimension 0 of the 10 warps, and pushes o, m and l to rank 0
-//   S8, (2)  units 326..337
-//   S7       rows 440..479 of w_out, to its columns 0..7 of y
-//   S9       pushes y[0..7] to rank 0; adds columns 1280, 1600, 1920, 2240 of the cluster's sum to x
-//   (4)      being thread 0, it is the one that arrives and polls
+// A layer of 2.8b at T = 128, in the steps between the marks of -DTIMELINE: what thread 0 of rank 1 of
+// cluster 5 (block 11) does; the bytes that its block consumes, with their time at an even share; what costs
+// time without bytes. `python bench.py --timeline` measures and draws when the blocks pass the marks.
 //
-// Where the time goes, in a block with a head, same model and T: the bytes that the block consumes in each
-// step, with their time at an even share, and what costs time without bytes. `python bench.py --timeline`
-// measures and draws when the blocks of the GPU at hand pass the marks.
-//
-//     MARK         done by then              bytes     even share
-//     NORM         S0, S1                                          latency: L2, shuffles, (b)
-//     QKV          S2: 120 rows              614 KB    17.7 us
-//     1            S8: 16 units; (1)         164 KB     4.7
-//     ATTEND       S3, S4; S5: 64 tokens      20 KB     0.6        latency: (d), (e)
-//     2            S8: 12 units; (2)         123 KB     3.5
-//     OUT, UNITS   S6; S7: 40 rows           205 KB     5.9
-//     3            S9: (3)                                         latency: pushes
-//     ADDED        S9: additions                                   latency: L2
-//     START        (4)                                             waits for the slowest block
+//  mark        thread 0 of block 11                                          bytes  even share latency
+//  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                      L2, (a)
+//              S1: has columns 0..7 from here on                                               shuffles, (b)
+//  QKV         S2: rows 1320..1439: head 5, k from dimension 40 on, and v   614 KB  17.7 us
+//  1           S8: units 310..325; (1)                                      164 KB   4.7
+//  ATTEND      S3: rotates q[0] with q[10]                                                     (d)
+//              S5: dimensions 0..7 of tokens 64, 84, 104, 124; after (e)     20 KB   0.6       (e)
+//              merges dimension 0 of 10 warps, pushes o, m, l to rank 0
+//  2           S8: units 326..337; (2)                                      123 KB   3.5
+//  OUT, UNITS  S6, S7: output rows 440..479                                 205 KB   5.9
+//  3           S9: pushes y[0..7] to rank 0; (3)                                               pushes
+//  ADDED       S9: adds columns 1280, 1600, 1920, 2240 of the sum to x                         L2
+//  START       (4): being thread 0, arrives and polls                                          other blocks
 //
 // Steps without bytes are where the producer gains: it fills the ring, 205 KB, so that later steps go faster
 // than their even share. The layer's floor is 34.6 us.
@@ -1164,8 +1128,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
       if (w.tid == 0) barrier_expect(&s.slice_ready, sizeof(s.slice_o) + sizeof(s.slice_ml));  // (2)
       w.qkv_rows(xn1, h);                                               // S2
       MARK(MARK_QKV);
-      // S8, while q, k, v travel
-      w.units(xn, unit, min(unit + plan.filler, plan.last_unit));
+      w.units(xn, unit, min(unit + plan.filler, plan.last_unit));       // S8, while q, k, v travel
       unit = min(unit + plan.filler, plan.last_unit);
       if (MUTANT != 9) wait(m, s, &s.qkv_ready, w.head_parity, SYNC_QKV);       // (1)
       MARK(MARK_1);
@@ -1199,7 +1162,6 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     w.affine(x, norms.w1, norms.b1, xn1);
     w.lm_head(xn1);                                                     // S10
   }
-
   // The last block of all, when every block has read State, makes it ready for the next launch; nobody waits.
   workers_sync();                                                       // (g), for `finished`
   const int steps = last_layer - first_layer;
@@ -1284,16 +1246,14 @@ extern "C" void fused_sizes(int* workers, int* stages, int* shared_bytes) {
 // ----------------------------------------------------------------------------------------------------------
 // 11. Exercises: edits worth trying, with what to expect of a token of 2.8b at T = 128 on an H200
 //
-// 1. K: cluster=1 and cluster=4 (python bench.py --ablate). Expect both to be slower, 1 by far: a head's rows
-// all fall to one block; with 4, fewer blocks fit. Which of (1), (2), (3) gets longer, and does it matter?
+// 1. K: cluster=1 and cluster=4 (python bench.py --ablate). Both are slower, 1 by far: a head's rows all fall
+// to one block; with 4, fewer blocks fit. Which of (1), (2), (3) gets longer, and does it matter?
 // 2. build.py: ROWS 4 and 16 instead of 8. With 4, reductions come twice as often; with 16, only two tiles
 // fit into the ring and the producer cannot run ahead. Which costs more?
 // 3. make_plan: filler = 0. The bits of y change, as every thread adds in another order. The block of a head
 // takes longer by what (1) and (2) take to travel; how much is that of a token?
 // 4. build.py: attention_kib = 0. Expect the blocks with a head to arrive last at (4). make_plan:
-// KV_WEIGHT = 2. Expect nothing at T = 128, and the same at T = 2000.
-// 5. add_to_residual: let every block add all C of its own sums, without cluster_reduce. K times as many
-// additions meet in L2: expect it to be slower (README.md has the numbers of one such attempt).
-// 6. to_fixed, add_relaxed: a float atomicAdd instead. In how many of 1000 launches do all bits agree?
-// 7. dot_tile: dots[1] for dots[2]. Find the interleaving of two warps that goes wrong, then count how often
+// KV_WEIGHT = 2. Expect nothing at T = 128, and at T = 2000 that these blocks arrive last.
+// 5. to_fixed, add_relaxed: a float atomicAdd instead. In how many of 1000 launches do all bits agree?
+// 6. dot_tile: dots[1] for dots[2]. Find the interleaving of two warps that goes wrong, then count how often
 // it does. MUTANT 8, 9 and 10 drop (4), (1) and (2): expect test_block.py to see it in all of 200 launches.

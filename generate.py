@@ -67,11 +67,16 @@ def main(argv=None):
     args = arguments(argv)
     import torch  # takes seconds to import, for which --help should not have to wait
 
-    from model import DTYPES, Pythia, Refused
+    from model import DTYPES, Config, Pythia, Refused
     try:
         if args.explain:
             from emulator import explain
-            return explain(config_of(args.model, args.revision))
+            try:
+                config = Config.from_name(args.model)
+            except Refused:  # not one of the ten sizes
+                quiet(args.model)
+                config = Config.from_pretrained(args.model, args.revision)
+            return explain(config)
         device = args.device or ("cuda" if torch.cuda.is_available() else
                                  "mps" if torch.backends.mps.is_available() else "cpu")
         dtype = args.dtype or ("float32" if device == "cpu" else "float16")
@@ -92,23 +97,12 @@ def main(argv=None):
         where = where or torch.cuda.get_device_name(device)
         how = "" if not args.fused else ", fused kernel" if args.graph else ", fused kernel without a graph"
         return stream(tokens, args.tokens, prompt, text, model.config, f"{name}, {dtype}, {where}{how}")
-    except Refused as refusal:
-        sentence = str(refusal)
     except torch.OutOfMemoryError:
         sentence = f"{args.model} in {dtype} does not fit into {device}'s memory: take a smaller one, or cpu"
-    except RuntimeError as error:  # the kernel gave up waiting, or CUDA did not take the launch
+    except (Refused, RuntimeError) as error:  # the latter: the kernel gave up, or CUDA refused the launch
         sentence = str(error).partition("\n")[0]
     print("generate.py:", sentence, file=sys.stderr)
     return 2
-
-
-def config_of(name, revision):
-    """The Config of one of the ten sizes without looking further, or of any other checkpoint."""
-    from model import Config, Refused
-    try:
-        return Config.from_name(name)
-    except Refused:
-        return Config.from_pretrained(name, revision)
 
 
 def stream(tokens, wanted, prompt, text, config, what):

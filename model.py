@@ -11,9 +11,10 @@ length C (two of a block's four are transposed while loading), so that one copy 
 this file and the kernel.
 """
 import ctypes
+import json
 import math
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 
@@ -38,7 +39,10 @@ MOST_ELEMENTS = 10**11  # weights, and keys and values of a full context: eight 
 
 
 class Refused(ValueError):
-    """What was asked for cannot be done. The message tells the user what is wrong and what to do."""
+    """What was asked for cannot be done. The message tells the user, in one line, why and what to do."""
+
+    def __init__(self, message):  # it may quote names in a file, which may hold line ends
+        super().__init__("".join(c if c.isprintable() else " " for c in message))
 
 
 @dataclass(frozen=True)
@@ -85,55 +89,8 @@ class Config:
 
     @classmethod
     def from_transformers(cls, hf):
-        """The Config of a transformers config, or of the dict in config.json.
-
-        Raises Refused with the first field this model cannot run, or whose size is absurd.
-        """
-        from transformers import GPTNeoXConfig
-        fields = hf if isinstance(hf, dict) else hf.to_dict()
-        # transformers reads both spellings, rotary_pct and rope_parameters, and sees nothing else of the file
-        spellings = ("rope_parameters", "rope_scaling", "rotary_pct", "rotary_emb_base")
-        rope = GPTNeoXConfig(**{key: fields[key] for key in spellings if key in fields}).rope_parameters
-
-        def need(field, value, runs):
-            if value != runs:
-                raise Refused(f"config.json says {field} = {value!r:.80}, but this model runs only {runs!r}: "
-                              "take a Pythia checkpoint")
-
-        def number(field, least, most, value=None, kind=int):
-            value = fields.get(field) if value is None else value
-            if type(value) not in (int, kind) or not least <= value <= most:
-                raise Refused(f"config.json says {field} = {value!r:.80}, but this model runs only {least} "
-                              f"to {most} ({kind.__name__}): take a Pythia checkpoint")
-            return value
-        need("model_type", fields.get("model_type"), "gpt_neox")
-        for field, runs in (("use_parallel_residual", True), ("hidden_act", "gelu"),
-                            ("tie_word_embeddings", False), ("attention_bias", True)):
-            need(field, fields.get(field, runs), runs)
-        need("rope_type (RoPE scaling)", rope["rope_type"], "default")
-        L, C = number("num_hidden_layers", 1, 1000), number("hidden_size", 1, 2**17)
-        NH, F = number("num_attention_heads", 1, C), number("intermediate_size", 1, 2**20)
-        V, context = number("vocab_size", 1, 2**24), number("max_position_embeddings", 1, 2**20)
-        if C % NH:
-            raise Refused(f"config.json says hidden_size = {C}, which its num_attention_heads = {NH} do not "
-                          "divide: take a Pythia checkpoint")
-        rotary_pct = number("rotary_pct", 0, 1, rope["partial_rotary_factor"], float)
-        rotary_dims = int(C // NH * rotary_pct)
-        if rotary_dims < 2 or rotary_dims % 2:
-            raise Refused(f"config.json says rotary_pct = {rotary_pct}, {rotary_dims} of {C // NH} "
-                          "dimensions, but this model rotates pairs: take a Pythia checkpoint")
-        eos = fields.get("eos_token_id", 0)
-        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        config = cls(n_layer=L, n_head=NH, hidden=C, mlp=F, vocab=V, rotary_dims=rotary_dims, context=context,
-                     rope_theta=number("rope_theta", 1, 1e12, rope["rope_theta"], float),
-                     eps=number("layer_norm_eps", 1e-12, 1, kind=float),
-                     eos=tuple(number("eos_token_id", 0, 2**63 - 1, token) for token in eos))
-        if (elements := config.weights + 2 * L * C * context) > MOST_ELEMENTS:
-            raise Refused(f"config.json says num_hidden_layers = {L}, hidden_size = {C}, intermediate_size = "
-                          f"{F}, vocab_size = {V}, max_position_embeddings = {context}: {elements:.2g} "
-                          f"weights, keys and values, more than {MOST_ELEMENTS:.2g}: take a Pythia "
-                          "checkpoint")
-        return config
+        """The Config of a transformers config, or of the dict in config.json; Refused as by read_config."""
+        return read_config(hf if isinstance(hf, dict) else hf.to_dict())
 
 
 class Block(nn.Module):
@@ -192,6 +149,14 @@ class Block(nn.Module):
         sin = self.rope_sin[pos:pos + T, None, None]
         a, b = qk[..., :R].to(cos.dtype).chunk(2, dim=-1)                         # pairs (i, i + R/2)
         qk[..., :R] = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def rope_tables(config, device):
+    """RoPE's cos and sin [context, R/2] fp32: at position p, pair i turns by the angle p * theta**(-2i/R)."""
+    i = torch.arange(0, config.rotary_dims, 2, dtype=torch.float32, device=device)
+    p = torch.arange(config.context, dtype=torch.float32, device=device)
+    angle = torch.outer(p, 1.0 / config.rope_theta ** (i / config.rotary_dims))
+    return angle.cos(), angle.sin()
 
 
 class Pythia(nn.Module):
@@ -284,16 +249,6 @@ class Pythia(nn.Module):
             token = sampler(F.linear(x, self.embed_out)[0, 0])
             yield int(token)
 
-    def fuse(self, cache=None, graph=True, cluster=None, **tuning):
-        """A `Fused` decoder: this model's weights, one kernel launch a token.
-
-        Compiles the kernel the first time. `cache` (from `new_cache`) is shared with the reference, so that
-        either can go on where the other stopped. `graph` replays a captured CUDA graph; `cluster` and
-        `tuning` are arguments of build.constants. Raises Refused where the kernel cannot run: no CUDA GPU of
-        compute capability 9 or later, another dtype than float16, a shape it has no code for, no compiler.
-        """
-        return Fused(self, cache, graph, cluster, **tuning)
-
     @classmethod
     def from_pretrained(cls, name_or_folder, revision=None, dtype=torch.float32, device="cpu"):
         """A checkpoint from the Hugging Face Hub ("EleutherAI/pythia-70m", revision="step3000") or a folder.
@@ -369,6 +324,195 @@ class Pythia(nn.Module):
             return nn.Parameter(w, requires_grad=False)
         return cls(config, tensor)
 
+    def fuse(self, cache=None, graph=True, cluster=None, **tuning):
+        """A `Fused` decoder: this model's weights, one kernel launch a token.
+
+        Compiles the kernel the first time. `cache` (from `new_cache`) is shared with the reference, so that
+        either can go on where the other stopped. `graph` replays a captured CUDA graph; `cluster` and
+        `tuning` are arguments of build.constants. Raises Refused where the kernel cannot run: no CUDA GPU of
+        compute capability 9 or later, another dtype than float16, a shape it has no code for, no compiler.
+        """
+        return Fused(self, cache, graph, cluster, **tuning)
+
+
+@dataclass
+class Sampler:
+    """Chooses a token as `Pythia.generate` says, on the device of the logits and without waiting for it."""
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    rng: torch.Generator | None = None
+
+    def __call__(self, logits):
+        """A token (0-d int64) from logits [V]; -1 where they are not finite."""
+        best, token = logits.max(-1)                                              # the first of equals
+        if self.temperature > 0:
+            logits, order = (logits.float() / self.temperature).sort(descending=True, stable=True)
+            probs = logits[:self.top_k].nan_to_num().softmax(-1)
+            if self.top_p:
+                probs = probs.where(probs.cumsum(-1) - probs < self.top_p, 0)     # likelier ones hold top_p
+            # which of exponential clocks with these rates rings first; torch.multinomial waits for the device
+            token = order.take((probs / torch.empty_like(probs).exponential_(generator=self.rng)).argmax())
+        return token.where(best.isfinite(), -1)
+
+
+def check_arguments(config, tokens, max_new_tokens, temperature, top_k, top_p):
+    """Refuses arguments of `Pythia.generate` that cannot be."""
+    if tokens.ndim != 1:
+        raise Refused(f"the prompt has shape {list(tokens.shape)}: give one sequence of tokens")
+    if len(tokens) == 0:
+        raise Refused("the prompt is empty: give at least one token")
+    if len(tokens) > config.context:
+        raise Refused(f"the prompt has {len(tokens)} tokens, the context only {config.context}: shorten it")
+    if tokens.min() < 0 or tokens.max() >= config.vocab:
+        raise Refused(f"the prompt holds {int(tokens.min())} to {int(tokens.max())}, the vocabulary only "
+                      f"0 to {config.vocab - 1}: use the tokenizer that belongs to the model")
+    if max_new_tokens < 0:
+        raise Refused(f"{max_new_tokens} new tokens cannot be made: ask for 0 or more")
+    if not 0 <= temperature < math.inf:
+        raise Refused(f"temperature {temperature} is not possible: take 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise Refused(f"top-k {top_k} leaves no token: take 1 or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise Refused(f"top-p {top_p} is not a probability that leaves a token: take more than 0, at most 1")
+
+
+def read_config(fields):
+    """The Config that the fields of config.json (a dict) ask for.
+
+    Raises Refused with the first field this model cannot run, or whose size is absurd.
+    """
+    from transformers import GPTNeoXConfig
+    # transformers reads both spellings, rotary_pct and rope_parameters, and sees nothing else of the file
+    spellings = ("rope_parameters", "rope_scaling", "rotary_pct", "rotary_emb_base")
+    rope = GPTNeoXConfig(**{key: fields[key] for key in spellings if key in fields}).rope_parameters
+
+    def refuse(says, runs):
+        raise Refused(f"config.json says {says}, but this model runs only {runs}: take a Pythia checkpoint")
+
+    def number(field, least, most, value=None, kind=int):
+        value = fields.get(field) if value is None else value
+        if type(value) not in (int, kind) or not least <= value <= most:
+            refuse(f"{field} = {value!r:.80}", f"{least} to {most} ({kind.__name__})")
+        return value
+    needed = {"model_type": "gpt_neox", "use_parallel_residual": True, "hidden_act": "gelu",
+              "tie_word_embeddings": False, "attention_bias": True, "rope_type": "default"}
+    given = needed | {"model_type": None} | fields | {"rope_type": rope["rope_type"]}
+    for field, runs in needed.items():
+        if given[field] != runs:
+            refuse(f"{field} = {given[field]!r:.80}", repr(runs))
+    L, C = number("num_hidden_layers", 1, 1000), number("hidden_size", 1, 2**17)
+    NH, F = number("num_attention_heads", 1, C), number("intermediate_size", 1, 2**20)
+    V, context = number("vocab_size", 1, 2**24), number("max_position_embeddings", 1, 2**20)
+    if C % NH:
+        refuse(f"hidden_size = {C} and num_attention_heads = {NH}", "heads of equal size")
+    rotary_pct = number("rotary_pct", 0, 1, rope["partial_rotary_factor"], float)
+    rotary_dims = int(C // NH * rotary_pct)
+    if rotary_dims < 2 or rotary_dims % 2:
+        refuse(f"rotary_pct = {rotary_pct}, {rotary_dims} of {C // NH} dimensions", "pairs of dimensions")
+    eos = fields.get("eos_token_id", 0)
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    config = Config(n_layer=L, n_head=NH, hidden=C, mlp=F, vocab=V, rotary_dims=rotary_dims, context=context,
+                    rope_theta=number("rope_theta", 1, 1e12, rope["rope_theta"], float),
+                    eps=number("layer_norm_eps", 1e-12, 1, kind=float),
+                    eos=tuple(number("eos_token_id", 0, 2**63 - 1, token) for token in eos))
+    if (elements := config.weights + 2 * L * C * context) > MOST_ELEMENTS:
+        refuse(f"num_hidden_layers = {L}, hidden_size = {C}, intermediate_size = {F}, vocab_size = {V}, "
+               f"max_position_embeddings = {context}, together {elements:.2g} weights, keys and values",
+               f"up to {MOST_ELEMENTS:.2g}")
+    return config
+
+
+def check_files(name, revision, config):
+    """Refuses weights that are no floating-point numbers, and files cut off or too small for `config`.
+
+    Reads only what the files say of their tensors. transformers would turn whole numbers into others, and
+    fill memory with what is missing.
+    """
+    from transformers.modeling_utils import load_state_dict
+    from transformers.utils import cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+    for file in ("model.safetensors", "model.safetensors.index.json",          # transformers' own order
+                 "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if path := cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False):
+            break
+    else:
+        return                                                                 # transformers says it better
+    stored = 0
+    for part in get_checkpoint_shard_files(name, path, revision=revision)[0] if "index" in file else [path]:
+        if part.endswith(".safetensors"):
+            check_length(name, part)
+        for key, w in load_state_dict(part, map_location="meta").items():
+            if not w.is_floating_point() and not key.endswith(".attention.bias"):  # an unused mask of 2023
+                raise Refused(f"{name} has {key} in {w.dtype}: take a checkpoint in {', '.join(DTYPES)}")
+            if (size := w.untyped_storage().nbytes()) < w.nbytes:
+                raise Refused(f"{name} has {key} of {w.nbytes} bytes, but stores only {size} of them: fetch "
+                              "its files again")
+            stored += w.numel()
+    if config.weights > 2 * stored:                                            # else transformers names them
+        raise Refused(f"{name} has files with {stored} weights, but its config.json asks for "
+                      f"{config.weights}: fetch its files again")
+
+
+def check_length(name, path):
+    """Refuses a .safetensors file that ends before its header says, by the first tensor that is cut.
+
+    The file (github.com/huggingface/safetensors, "Format"): 8 bytes, little-endian, the header's length in
+    bytes; the header, JSON {tensor: {"data_offsets": [begin, end], ...}}; the bytes that the offsets count.
+    """
+    cut = None
+    with open(path, "rb") as file, suppress(Exception):  # a header of another form: safetensors refuses it
+        length = int.from_bytes(file.read(8), "little")
+        held = os.path.getsize(path) - 8 - length
+        if held < 0:
+            cut = "its header"
+        else:
+            header = json.loads(file.read(min(length, 10**7)))                 # 1000 layers take 2 MB
+            header.pop("__metadata__", None)
+            ends = sorted((entry["data_offsets"], tensor) for tensor, entry in header.items())
+            cut = next((tensor for (_, end), tensor in ends if end > held), None)
+    if cut is not None:
+        raise Refused(f"{name} has {os.path.basename(path)} cut off in {cut}: fetch its files again")
+
+
+@contextmanager
+def loading(name, revision):
+    """Turns what transformers raises over a checkpoint into Refused."""
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:  # over a damaged file, readers raise nearly every type there is
+        cause = type(error.__cause__ or error).__name__
+        if os.path.isdir(name):
+            sentence = f"the checkpoint in {name} cannot be read ({first_line(error)}): fetch it again"
+        elif "Revision" in cause or "not a valid git identifier" in str(error):
+            sentence = f"{name} has no revision {revision!r}: leave it out, or take one such as step3000"
+        elif "LocalEntry" in cause or "Offline" in cause or "Connection" in cause:
+            sentence = (f"{name} is neither a folder nor downloaded before, and the Hub cannot be reached: "
+                        "check the network, or give a folder")
+        elif "Repo" in cause or "HFValidation" in cause or "Gated" in cause:
+            sentence = (f"{name} is neither a folder nor a model on the Hub: "
+                        "give a folder, or a name such as EleutherAI/pythia-70m")
+        else:
+            sentence = f"{name} cannot be loaded ({first_line(error)}): check the name, or fetch it again"
+        raise Refused(sentence) from error
+
+
+def check_device(dtype, device):
+    """Refuses a dtype that is not one of DTYPES, and a device that cannot multiply matrices of it."""
+    if dtype not in DTYPES.values():
+        raise Refused(f"dtype {dtype} is not supported on {device}: take {', '.join(DTYPES)}")
+    try:
+        torch.ones(8, 8, dtype=dtype, device=device) @ torch.ones(8, 8, dtype=dtype, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise Refused(f"device {device} cannot compute in {dtype} ({first_line(error)}): "
+                      "take another dtype, or device cpu") from error
+
+
+def first_line(error):
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
 
 class Fused:
     """A decode step that is one launch of the kernel in fused_block.cu; made by `Pythia.fuse`.
@@ -395,9 +539,6 @@ class Fused:
         if self.clusters * size * 2 < sms:
             raise Refused(f"this GPU has room for {self.clusters} clusters of {size} blocks at once, on "
                           f"{sms} multiprocessors: end what else runs on it, or take a smaller cluster")
-        sizes = [ctypes.c_int() for _ in range(3)]
-        self.library.fused_sizes(*map(ctypes.byref, sizes))
-        self.workers, self.stages, self.shared_bytes = (i.value for i in sizes)
         cache = model.new_cache() if cache is None else cache
         shape = (c.n_layer, 2, 1, c.n_head, c.context, c.head_size)
         found = (cache.shape, cache.dtype, cache.device)
@@ -413,12 +554,10 @@ class Fused:
         self.failure = torch.zeros(4, dtype=torch.int32).pin_memory()             # outlives the CUDA context
         self.taps = torch.zeros(6 * c.hidden + c.mlp, device=device)
         self.timeline = torch.zeros(sms, c.n_layer + 1, 10, dtype=torch.int64, device=device)
-        tensors = [t for b in model.blocks for t in (
-            b.ln1_w, b.ln1_b, b.ln2_w, b.ln2_b, b.w_qkv, b.b_qkv, b.w_out, b.b_out, b.w_up, b.b_up, b.w_down,
-            b.b_down)]
-        tensors += [model.embed_in, model.lnf_w, model.lnf_b, model.embed_out, model.rope_cos, model.rope_sin,
-                    cache, self.residual, self.logits, self.history, self.state, self.failure, self.taps,
-                    self.timeline]
+        tensors = [*model.blocks.parameters(),  # in the order of Block, which is that of the kernel's Layer
+                   model.embed_in, model.lnf_w, model.lnf_b, model.embed_out, model.rope_cos, model.rope_sin,
+                   cache, self.residual, self.logits, self.history, self.state, self.failure, self.taps,
+                   self.timeline]
         # views of the memory itself: it stays as long as this object, whatever becomes of the model
         self.tensors = [t.detach() for t in tensors]
         if any(t.data_ptr() % 16 or not t.is_contiguous() for t in self.tensors):
@@ -478,7 +617,8 @@ class Fused:
             sampler(self.logits)                                                  # loads PyTorch's kernels
             sampler.rng.set_state(drawn)
             self.graph.register_generator_state(sampler.rng)
-        with torch.cuda.device(self.device), torch.cuda.graph(self.graph):
+        side = torch.cuda.Stream(self.device)  # the default is on the GPU that captured first
+        with torch.cuda.device(self.device), torch.cuda.graph(self.graph, stream=side):
             self.launch_and_choose(sampler)
 
     def decode(self, token, pos, steps, sampler=None):
@@ -525,121 +665,3 @@ def check(error):
     """Raises what a function of the kernel's library returned (bytes), if anything."""
     if error:
         raise RuntimeError(f"CUDA refused the fused kernel: {error.decode()}")
-
-
-def rope_tables(config, device):
-    """RoPE's cos and sin [context, R/2] fp32: at position p, pair i turns by the angle p * theta**(-2i/R)."""
-    i = torch.arange(0, config.rotary_dims, 2, dtype=torch.float32, device=device)
-    p = torch.arange(config.context, dtype=torch.float32, device=device)
-    angle = torch.outer(p, 1.0 / config.rope_theta ** (i / config.rotary_dims))
-    return angle.cos(), angle.sin()
-
-
-@dataclass
-class Sampler:
-    """Chooses a token as `Pythia.generate` says, on the device of the logits and without waiting for it."""
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    rng: torch.Generator | None = None
-
-    def __call__(self, logits):
-        """A token (0-d int64) from logits [V]; -1 where they are not finite."""
-        best, token = logits.max(-1)                                              # the first of equals
-        if self.temperature > 0:
-            logits, order = (logits.float() / self.temperature).sort(descending=True, stable=True)
-            probs = logits[:self.top_k].nan_to_num().softmax(-1)
-            if self.top_p:
-                probs = probs.where(probs.cumsum(-1) - probs < self.top_p, 0)     # likelier ones hold top_p
-            # which of exponential clocks with these rates rings first; torch.multinomial waits for the device
-            token = order.take((probs / torch.empty_like(probs).exponential_(generator=self.rng)).argmax())
-        return token.where(best.isfinite(), -1)
-
-
-def check_arguments(config, tokens, max_new_tokens, temperature, top_k, top_p):
-    """Refuses arguments of `Pythia.generate` that cannot be."""
-    if tokens.ndim != 1:
-        raise Refused(f"the prompt has shape {list(tokens.shape)}: give one sequence of tokens")
-    if len(tokens) == 0:
-        raise Refused("the prompt is empty: give at least one token")
-    if len(tokens) > config.context:
-        raise Refused(f"the prompt has {len(tokens)} tokens, the context only {config.context}: shorten it")
-    if tokens.min() < 0 or tokens.max() >= config.vocab:
-        raise Refused(f"the prompt holds {int(tokens.min())} to {int(tokens.max())}, the vocabulary only "
-                      f"0 to {config.vocab - 1}: use the tokenizer that belongs to the model")
-    if max_new_tokens < 0:
-        raise Refused(f"{max_new_tokens} new tokens cannot be made: ask for 0 or more")
-    if not 0 <= temperature < math.inf:
-        raise Refused(f"temperature {temperature} is not possible: take 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise Refused(f"top-k {top_k} leaves no token: take 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise Refused(f"top-p {top_p} is not a probability that leaves a token: take more than 0, at most 1")
-
-
-def check_files(name, revision, config):
-    """Refuses weights that are no floating-point numbers, and files too small to hold those of `config`.
-
-    Reads only what the files say of their tensors. transformers would turn whole numbers into others, and
-    fill memory with what is missing.
-    """
-    from transformers.modeling_utils import load_state_dict
-    from transformers.utils import cached_file
-    from transformers.utils.hub import get_checkpoint_shard_files
-    for file in ("model.safetensors", "model.safetensors.index.json",          # transformers' own order
-                 "pytorch_model.bin", "pytorch_model.bin.index.json"):
-        if path := cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False):
-            break
-    else:
-        return                                                                 # transformers says it better
-    stored = 0
-    for part in get_checkpoint_shard_files(name, path, revision=revision)[0] if "index" in file else [path]:
-        for key, w in load_state_dict(part, map_location="meta").items():
-            if not w.is_floating_point() and not key.endswith(".attention.bias"):  # an unused mask of 2023
-                raise Refused(f"{name} has {key} in {w.dtype}: take a checkpoint in {', '.join(DTYPES)}")
-            if w.untyped_storage().nbytes() < w.nbytes:
-                raise Refused(f"{name} has {key} of {w.nbytes} bytes, but stores only "
-                              f"{w.untyped_storage().nbytes()} of them: fetch its files again")
-            stored += w.numel()
-    if config.weights > 2 * stored:                                            # else transformers names them
-        raise Refused(f"{name} has files with {stored} weights, but its config.json asks for "
-                      f"{config.weights}: fetch its files again")
-
-
-def check_device(dtype, device):
-    """Refuses a dtype that is not one of DTYPES, and a device that cannot multiply matrices of it."""
-    if dtype not in DTYPES.values():
-        raise Refused(f"dtype {dtype} is not supported on {device}: take {', '.join(DTYPES)}")
-    try:
-        torch.ones(8, 8, dtype=dtype, device=device) @ torch.ones(8, 8, dtype=dtype, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise Refused(f"device {device} cannot compute in {dtype} ({first_line(error)}): "
-                      "take another dtype, or device cpu") from error
-
-
-@contextmanager
-def loading(name, revision):
-    """Turns what transformers raises over a checkpoint into Refused."""
-    try:
-        yield
-    except Refused:
-        raise
-    except Exception as error:  # over a damaged file, readers raise nearly every type there is
-        cause = type(error.__cause__ or error).__name__
-        if os.path.isdir(name):
-            sentence = f"the checkpoint in {name} cannot be read ({first_line(error)}): fetch it again"
-        elif "Revision" in cause or "not a valid git identifier" in str(error):
-            sentence = f"{name} has no revision {revision!r}: leave it out, or take one such as step3000"
-        elif "LocalEntry" in cause or "Offline" in cause or "Connection" in cause:
-            sentence = (f"{name} is neither a folder nor downloaded before, and the Hub cannot be reached: "
-                        "check the network, or give a folder")
-        elif "Repo" in cause or "HFValidation" in cause or "Gated" in cause:
-            sentence = (f"{name} is neither a folder nor a model on the Hub: "
-                        "give a folder, or a name such as EleutherAI/pythia-70m")
-        else:
-            sentence = f"{name} cannot be loaded ({first_line(error)}): check the name, or fetch it again"
-        raise Refused(sentence) from error
-
-
-def first_line(error):
-    return " ".join(str(error).split("\n")[0].split())[:200] or type(error).__name__
