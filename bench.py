@@ -367,9 +367,9 @@ ABLATIONS = {"as shipped": {}, **{f"clusters of {k}": {"cluster": k} for k in (1
              **{f"{n} threads at least": {"threads": n} for n in (128, 256, 512)},
              **{f"{n} rows a team and tile": {"rows": n} for n in (2, 4, 8)}}
 
-PHASES = ("S1 LayerNorm", "S2 q, k, v rows", "S8 units, wait for (1)", "S3-S5 rope, append, attend",
+PHASES = ("S0 x, S1 LayerNorm", "S2 q, k, v rows", "S8 units, wait for (1)", "S3-S5 rope, append, attend",
           "S8 units, wait for (2)", "S6, S7 out rows", "S8 units", "S9 sum, wait for (3)", "S9 add to x",
-          "wait for (4), read x")  # what ends at the kernel's marks 1.. and at the next layer's first mark
+          "wait for (4)")  # what ends at the kernel's marks 1.. and at the next layer's first mark
 
 
 # ---- runs ----------------------------------------------------------------------------------------------
@@ -556,7 +556,7 @@ def cell(row, spread=False, ratio=False, note=False):
                                      f"{row['layer_us']:.2f} us" if "layer_us" in row else "")
     p10, p50, p90 = np.percentile(row["us"], (10, 50, 90))
     return number(p50) + (f" ({number(p10)} to {number(p90)})" if spread else "") + (
-        f" {p50 / row['fused_us']:.3g}x" if ratio and row.get("fused_us") else "") + (
+        f" ({p50 / row['fused_us']:.3g})" if ratio and row.get("fused_us") else "") + (
         f" ({row['note']})" if note and "note" in row else "")
 
 
@@ -591,7 +591,8 @@ def tables(data, images=()):
         keys = (("first", PROMPT, "fused"), ("first", PROMPT, "transformers"), ("memory", 0, "memory"),
                 ("build", 0, "build"))
         models.append([model, *(cell(get(kind, model, context, what)) for kind, context, what in keys)])
-    table(["us a token", "cached", "floor", "fused (p10 to p90)", "floor / fused", *used], steps)
+    table(["us a token", "cached", "floor", "fused (p10 to p90)", "floor / fused",
+           *(f"{what} (times fused)" for what in used)], steps)
     table(["model", f"{PROMPT} tokens in, 2 out: fused, us", "transformers, us",
            "peak memory / (weights + cache)", "build"], models)
     ablated = places("ablation")
@@ -600,8 +601,8 @@ def tables(data, images=()):
                  for place in ablated)] for what in (*ABLATIONS, "no graph", "one launch a block")])
     for date, run in sorted(data["runs"].items()):
         changed = "" if run["kernel"] == kernel_hash() else " (fused_block.cu has changed since)"
-        facts = (f"{key} {value}" for key, value in run.items() if key not in (
-            "date", "kernel", "command", "read_bytes_a_second"))
+        facts = (f"{key} {run[key]}" for key in ("clocks.sm", "driver_version", "torch", "transformers")
+                 if key in run)
         out.append(f"- {data['gpu']}, {date}, `{run['command']}`, kernel {run['kernel'][:12]}{changed}, "
                    f"reads {run['read_bytes_a_second'] / 1e12:.3f} TB/s, {', '.join(facts)}")
     return "\n".join([*out, *(f"\n![{what}]({path})" for what, path in images)])

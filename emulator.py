@@ -3,10 +3,11 @@
     python emulator.py                           one token of tiny-pythia, compared with float64
     python emulator.py --explain pythia-2.8b     how the work is laid out; needs neither GPU nor compiler
 
-Functions have the kernel's names and are in its order; arithmetic is float64. Thread blocks take turns here,
-so a sync is where one loop over blocks ends and the next begins; its id is that of the kernel's sync table.
-The constants are read from the kernel's source. Data passes from producer to workers in order and without an
-address, as in the ring: whoever expects another tile computes nonsense. What has not arrived is NaN.
+A function that mirrors one of the kernel's has its name and its order; arithmetic is float64. Thread blocks
+take turns here, so a sync is where one loop over blocks ends and the next begins; its id is that of the
+kernel's sync table. The constants are read from the kernel's source. Data passes from producer to workers in
+order and without an address, as in the ring: whoever expects another tile computes nonsense. What has not
+arrived is NaN.
 """
 import argparse
 import math
@@ -140,8 +141,8 @@ def producer(k, plan, first_layer, last_layer, lm_head):
 # ---- the workers -------------------------------------------------------------------------------------------
 
 class Worker:
-    """One thread block. Registers of its threads lie side by side: x [TEAM, COLS], the same in all teams; y
-    [TEAMS, TEAM, COLS]. A push is an assignment to a peer's inbox."""
+    """One thread block; in the kernel, a Worker is one thread. Registers of its threads lie side by side: x
+    [TEAM, COLS], the same in all teams; y [TEAMS, TEAM, COLS]. A push is an assignment to a peer's inbox."""
 
     def __init__(self, grid, block):
         k = self.k = grid.k
@@ -157,7 +158,7 @@ class Worker:
         return self.grid.workers[self.plan.cluster * self.k.K + rank]
 
     def wait_full(self):
-        """(F) The next stage of the ring, its biases, and the counters of who uses what of it."""
+        """(F) The next stage of the ring, its biases, and how often each of its values has been used."""
         at, k, grid = next(self.ring), self.k, self.grid
         rows = slice(at.first, at.first + at.n)
         if at.matrix == "kv":

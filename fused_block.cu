@@ -29,10 +29,10 @@
 //     L layers, and V*C*2 bytes of the LM head    5.291 GB / 4.58 TB/s = 1155   us a token
 //     keys and values of T tokens: 4*C*T bytes     1.31 MB / 4.58 TB/s =    0.3 us a layer at T = 128
 //
-// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (the probe in bench.py measures it);
-// the even share of one of its 132 multiprocessors is 34.7 KB a us. By bench.py, a token at T = 128 takes
-// 1254 us on one GPU, 1274 on another; this floor is 1165 us. All that follows serves one aim: memory never
-// waits for arithmetic.
+// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (the probe in bench.py measured 4.55
+// and 4.65 on two of them); the even share of one of its 132 multiprocessors is 34.7 KB a us. With 128 tokens
+// cached this floor is 1165 us; README.md has what a token takes. The aim of all that follows: memory does
+// not wait for arithmetic.
 //
 // How to read. Chapter 1 is the picture, 2 the syncs, 3 and 4 the sizes and places. Then chapter 8, the
 // kernel, names every stage in order; read the stages in chapter 7 as you meet them. Chapter 5, the
@@ -67,14 +67,16 @@
 //                |  0   |  1   |   |  0   |  1   |           |  0   |  1   |   |  0   |  1   |
 //                +------+------+   +------+------+           +------+------+   +------+------+
 //   heads             0                 1                         31               none
-//   hidden units   28     28         28     28                 29     28        124    124
+//   hidden units   28     28         28     28                 29     28        124    124 (or 125)
 //
 //   cluster      K blocks that can write into one another's memory. They share the work of a head; head h
-//                belongs to cluster h mod (number of clusters)
+//                belongs to cluster h mod (number of clusters). K is the smallest of 1, 2, 4 with which a
+//                head is no more than a block's even share, or 8, as in 1b, whose heads have 256 dimensions
 //   rank         a block in its cluster: 120 of a head's 3*HS rows of q, k, v; 64 of its cached tokens; 40 of
 //                its HS output rows; hidden units of its own; 1280 of the C columns of the cluster's sum
 //   team         320 threads, C/8 (C/16 where C >= 4096), that hold one row between them; where C is small, a
-//                block has several teams, each with other rows
+//                block has several teams, each with other rows: in 70m 4 teams of 64 threads, tiles of 32
+//                rows
 //   warp         32 threads that run in step and can read one another's registers (a shuffle): a tenth of a
 //                row. It adds up its threads' products, and frees what it has read
 //   thread       a lane of its warp. It has the same 8 columns, 16 bytes, of every row, of x and of y, from
@@ -82,21 +84,32 @@
 //
 //                row of C   | 0..7     | 8..15    | 16..23   | ...                      | 2552..2559 |
 //                           | thread 0 | thread 1 | thread 2 | ...                      | thread 319 |
-//                dot        each multiplies its 8 columns by its 8 of x; the team adds up, one sync a tile
-//                axpy       each adds a times its 8 columns to its 8 of y, in registers; no sync at all
+//                dot        each multiplies its 8 columns by its 8 of x; the team adds up: (c), once a tile
+//                axpy       each adds a times its 8 columns to its 8 of y, in registers: nobody need meet
 //
 //   producer     one lane of one more warp. It does nothing but start copies: weights do not depend on
-//                activations, so it runs ahead of stages and layers, as far as the ring of buffers has room
+//                activations, so it runs ahead, past syncs and into the next layer, while the ring has room
 //
 // Registers are a thread's own, shared memory (227 KiB) a block's; global memory, behind the L2 cache, is
 // everybody's, and has the weights, x and the cache.
 //
-// Tile and stage. A tile is what one dot_tile finishes, 8 rows of 2.8b: their sums are reduced together, so
-// that the latency of shuffles and of sync (c) is paid once for 8 rows. It comes in PARTS = 2 stages of the
-// ring, filled and freed one by one, so that the first is on its way again while the second is being read.
+// CUDA's words. A launch runs a `__global__` function once in every thread, which calls `__device__` ones.
+// threadIdx.x is a thread's number in its block, blockIdx.x the block's in the grid, gridDim.x how many there
+// are. A multiprocessor is one of the GPU's cores; here each runs one block. __shfl_xor_sync(~0u, v, w)
+// returns the v of the lane whose number differs in bit w, if all 32 lanes call it; __shfl_sync that of a
+// given lane; at __syncwarp() the lanes meet. half is fp16, uint4 any 16 bytes, fmaf(a, b, c) a * b + c.
+//
+// Tile and stage. A stage without a number is a slot of the ring; S0 to S10 are the steps of chapter 7. A
+// tile is what one dot_tile finishes, 8 rows of 2.8b: their sums are reduced together, so that the latency of
+// shuffles and of (c) is paid once for 8 rows. It comes in PARTS = 2 stages, filled and freed one by one, so
+// that the first is on its way again while the second is being read.
 //
 // ----------------------------------------------------------------------------------------------------------
 // 2. The syncs: points that some threads pass only when others have reached theirs; the code repeats the ids
+//
+// m, l, o belong to a set of tokens: its largest score; the sum of 2^(score - m); that of 2^(score - m) * v.
+// A push is a store into another block's shared memory that counts its bytes on an mbarrier there. An inbox
+// is an array that pushes go to.
 //
 //  id   scope    publishes                         to                         without it
 //  (0)  cluster  barriers, plan, RoPE's angles     peers and all threads      a push into a block not there
@@ -109,15 +122,18 @@
 //  (a)  block    x, read once                      all teams                  columns of the layer before
 //  (b)  team     LayerNorm's parts, of warps       its threads                a mean from stale parts
 //  (c)  team     dot products' parts, of warps     its threads                dot products from stale parts
-//  (d)  block    rotated q, rounded k and v        all warps                  attention with half-rotated q
-//  (e)  block    warps' m, l, o; that S3 has read  one thread a dimension     a merge with the head before
+//  (d)  block    rotated q, k and v in fp16; that  all warps; pushes of the   attention with half-rotated q
+//                S3 has read (1)'s inbox           next head
+//  (e)  block    m, l, o of a warp's tokens        one thread a dimension     a merge with the head before
 //  (f)  block    that S6 has read (2)'s inbox      pushes of the next head    refilled under a slow warp
 //  (g)  block    that all it has to add is sent    the thread that arrives    (4) counts a block not yet done
 //  (h)  block    that (4) has been passed          all threads                the others run ahead of (4)
 //
-// (1) (2) (3) (F) (E) are mbarriers: words in shared memory that count arrivals and, but for (E), bytes, so
-// that the data itself releases whoever waits. The end of a launch is a sync too: x, the cache's new rows and
-// State reach the next launch through it.
+// What they are made of: (0) is the cluster's barrier instruction, (4) a counter in global memory, (a) to (h)
+// barriers of a block's workers or of a team. (1) (2) (3) (F) (E) are mbarriers: words in shared memory that
+// count arrivals and, but for (E), bytes, so that the data itself releases whoever waits. A phase is a round
+// of an mbarrier: it completes when all that it counts has come, and the next begins. The end of a launch is
+// a sync too: x, the cache's new rows and State reach the next launch through it.
 //
 // Nobody says that an inbox of (1), (2) or (3) is free again, as (E) does for the ring: the later syncs imply
 // it. Between a peer's push into an inbox and its next, it waits for what the inbox's owner sends only after
@@ -125,7 +141,7 @@
 // passed one has heard from all.)
 //
 //     inbox of        is read   so after    the owner sends            without which a peer cannot pass
-//     (1) q, k, v     in S3     (e)         m, l, o of this head       (2), before it pushes the next q, k, v
+//     (1) q, k, v     in S3     (d)         m, l, o of this head       (2), before it pushes the next q, k, v
 //     (2) m, l, o     in S6     (f) or (g)  q, k, v of the next head   (1), before it pushes the next m, l, o
 //     (3) sums of y   in S9     (g)         its arrival                (4), before it pushes the next sums
 //
@@ -263,8 +279,8 @@ struct alignas(128) Shared {                        // bytes      what; writer -
   half ring[STAGES][STAGE_ROWS * C];                // 10 x 20480 rows, or k and v; producer -> workers; (E)
   alignas(16) half bias[STAGES][BIAS_HALFS];        // 10 x 32    of a tile, in the place of its first stage
   alignas(16) float sums[K * TEAMS][OWN];           // 10240      (3) inbox, from all teams; S9 -> S9; (g)
-  alignas(16) float x[C];                           // 10240      (a) S0 -> S1; next layer
-  float qkv[3 * HS];                                // 960        (1) inbox; S2 -> S3; (e)
+  alignas(16) float x[C];                           // 10240      (a) S0 -> S0; next layer
+  float qkv[3 * HS];                                // 960        (1) inbox; S2 -> S3; (d)
   float slice_o[K][OUT_ROWS], slice_ml[K][2];       // 336        (2) inbox, by rank; S5 -> S6; (f)
   alignas(16) float q[HS];                          // 320        (d) times the softmax scale; S3 -> S5; (e)
   alignas(16) half k_new[HS], v_new[HS];            // 320        (d) as the cache has them; S3 -> S5; (e)
@@ -288,7 +304,8 @@ enum SyncId { SYNC_QKV = 1, SYNC_SLICE, SYNC_SUMS, SYNC_GRID, SYNC_FULL, SYNC_EM
 //
 //   -DTAPS       stages write what they compute to Model::taps; y keeps its bits
 //   -DTIMELINE   thread 0 of every block writes the time, in ns, at each MARK of a layer
-//   -DMUTANT=k   one thing is broken, and test_block.py, which lists them, must notice
+//   -DMUTANT=k   one thing is broken, and a test must notice: test_block.py lists 1 to 10, and has 11 in its
+//                test_no_hang, where block 0 never arrives at (4)
 #ifdef TAPS  // offsets into Model::taps
 enum { TAP_XN1 = 0, TAP_XN2 = TAP_XN1 + C, TAP_Q = TAP_XN2 + C, TAP_K = TAP_Q + C, TAP_V = TAP_K + C,
        TAP_O = TAP_V + C, TAP_H = TAP_O + C };
@@ -315,8 +332,8 @@ enum Mark { MARK_START, MARK_NORM, MARK_QKV, MARK_1, MARK_ATTEND, MARK_2, MARK_O
 // Shared-memory addresses as the instructions below want them: 32 bits, in this block's window, not 64.
 __device__ uint32_t smem(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
-// threadIdx.x once more. Addresses made from it are made where they stand; from threadIdx.x itself the
-// compiler keeps them in registers from layer to layer, and the two largest shapes spill registers to memory.
+// threadIdx.x, read anew. What is computed from threadIdx.x itself the compiler keeps in registers from layer
+// to layer, and the two largest shapes run out of them; what is computed from this, where it is used.
 __device__ int thread_again() {
   int t; asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t)); return t;
 }
@@ -372,7 +389,7 @@ __device__ void cluster_sync() {  // all threads of all blocks of the cluster me
 
 // Bulk asynchronous copy, global to shared: one thread starts it, the copy engine (TMA) does it, and `full`
 // counts its bytes. Both addresses and the size are multiples of 16. Loads by the workers would need
-// registers for all that is on its way: 205 KB of 2.8b. The policy lets L2 evict these bytes first; nobody
+// registers for all that is on its way, a whole ring. The policy lets L2 evict these bytes first; nobody
 // reads them again before the next token, and they would drive out x, which everybody reads.
 __device__ uint64_t read_once_policy() {
   uint64_t policy;
@@ -536,6 +553,7 @@ __host__ __device__ Plan make_plan(int block, int blocks, int position) {
   const long long before = block < busy ? of_busy * block : of_busy * busy + of_rest * (block - busy);
   p.first_unit = F * before / all;
   p.last_unit = F * (before + (block < busy ? of_busy : of_rest)) / all;
+  // In equal shares of whole tiles: two a head, for (1) and (2), and what is left at the end.
   const int shares = 2 * (heads + (block < busy)) + 1;
   p.filler = ceil_div(ceil_div(p.last_unit - p.first_unit, shares), TILE_ROWS) * TILE_ROWS;
   const int tokens = ceil_div(position, K);
@@ -560,8 +578,9 @@ __device__ half* cache_row(const Model& m, int layer, int kv, int head, int toke
 
 // ---- The producer ----------------------------------------------------------------------------------------
 //
-// The workers' own work, in the same order. While they stand at (4), up to STAGES stages of the next layer
-// land. A copy brings the rows that exist and no more; the rest of its stage keeps old bytes.
+// The same tiles in the same order as the workers' (chapter 8). A stage carries no name: order alone says
+// what is in it, so a change of order here needs the same change there. A copy brings the rows that exist and
+// no more; the rest of its stage keeps old bytes.
 struct Producer {
   const Model& m;
   Shared& s;
@@ -596,7 +615,8 @@ struct Producer {
       rows(w.w_down, nullptr, j, min(j + TILE_ROWS, last));
     }
   }
-  // Old tokens only: the copy engine never reads what ordinary stores of this launch have written.
+  // Old tokens only: the copy engine need not see ordinary stores of this launch. S5 has the new token in
+  // k_new and v_new.
   __device__ void tokens(const half* k, const half* v, int first, int last) {
     for (int t = first; t < last; t += KV_TOKENS) {
       const int bytes = min(KV_TOKENS, last - t) * HS * 2;
@@ -641,7 +661,8 @@ struct Worker {  // one thread's view
   uint32_t head_parity = 0, sums_parity = 0;
   Columns y;
 
-  // Column of element i of what a thread owns: consecutive threads, consecutive 16 bytes, no bank conflicts.
+  // Column of element i of what a thread owns: consecutive threads, consecutive 16 bytes, which shared memory
+  // serves without making any of them wait.
   __device__ int column(int i) const { return (i / 8 * TEAM + piece) * 8 + i % 8; }
   // column(8 * p), worked out anew: see thread_again
   __device__ int column_again(int p) const { return (p * TEAM + thread_again() % TEAM) * 8; }
@@ -745,7 +766,7 @@ struct Worker {  // one thread's view
 
   // S1 LAYERNORM
   //   math    x <- (x - mean) / sqrt(var + eps), then xn1 = x * w1 + b1 and xn2 = x * w2 + b2
-  //   owner   every team, for itself: all blocks compute the same, since sending it would take longer
+  //   owner   every team, for itself: to share what one block computes would take a second grid barrier
   //   bytes   8 * C, 20 KB, on their way since before (4)       syncs   contains (b)
   //   why     E[x^2] - E[x]^2 cancels where the mean is large. So a thread takes its mean first, then sums
   //           the squared distances to it, and groups of n values merge exactly (Chan, Golub, LeVeque 1979):
@@ -786,16 +807,17 @@ struct Worker {  // one thread's view
   }
 
   // ClusterGather: every rank gets every rank's values. A finished row goes into the same place of all K
-  // inboxes, our own included; lanes l, l + R, ... hold the same row, so each takes another rank.
+  // inboxes, our own included; lanes l, l + R, ... hold the same row, so each takes another rank. After (c)
+  // all warps of a team hold the same rows, so the first of them pushes.
   __device__ void cluster_gather(float* place, float value, bool valid, uint64_t* ready) const {
     if (!valid || team_warp > 0) return;
-    for (int r = lane % LANES / R; r < K; r += LANES / R) push(peer(place, r), value, peer(ready, r));
+    for (int r = lane % LANES / R; r < K; r += LANES / R) push(peer(place, r), value, peer(ready, r));  // (1)
   }
 
   // S2 QKV
   //   math    q, k, v of head h = rows @ xn1 + b
   //   owner   rank r has rows r*QKV_ROWS.. of the head's 3*HS
-  //   bytes   3 * HS * C * 2 / K     syncs   (F) (E) (c) a tile; (1) after some hidden units
+  //   bytes   3 * HS * C * 2 / K     syncs   (F) (E) a stage; (c) a tile; (1) after some hidden units
   //   why     each tile is pushed as soon as it is finished, so only the last one's journey is left for (1)
   __device__ void qkv_rows(const Columns& xn1, int h) {
     if (tid == 0) barrier_expect(&s.qkv_ready, sizeof(s.qkv));  // (1)
@@ -909,8 +931,8 @@ struct Worker {  // one thread's view
     if (tid < HS) push_slice();
   }
 
-  // ClusterReduce, first half: thread d merges the warps' o[d] and pushes it to the rank that owns d; m and l
-  // go to every rank.
+  // ClusterReduce of o: thread d merges the warps' o[d] and pushes it to the rank that owns d; m and l go to
+  // every rank. S6 adds up what the ranks have sent.
   __device__ void push_slice() const {
     float top = s.part_m[0], l = 0, o = 0;
 #pragma unroll
@@ -922,17 +944,17 @@ struct Worker {  // one thread's view
       o = fmaf(shrink, s.part_o[w][tid], o);
     }
     const int owner = tid / OUT_ROWS;
-    push(peer(&s.slice_o[s.plan.rank][tid % OUT_ROWS], owner), o, peer(&s.slice_ready, owner));
+    push(peer(&s.slice_o[s.plan.rank][tid % OUT_ROWS], owner), o, peer(&s.slice_ready, owner));  // (2)
     if (tid < K) {
-      push(peer(&s.slice_ml[s.plan.rank][0], tid), top, peer(&s.slice_ready, tid));
-      push(peer(&s.slice_ml[s.plan.rank][1], tid), l, peer(&s.slice_ready, tid));
+      push(peer(&s.slice_ml[s.plan.rank][0], tid), top, peer(&s.slice_ready, tid));              // (2)
+      push(peer(&s.slice_ml[s.plan.rank][1], tid), l, peer(&s.slice_ready, tid));                // (2)
     }
   }
 
   // S6 MERGE, S7 OUT ROWS
   //   math    o = sum_r 2^(m_r - m) o_r / sum_r 2^(m_r - m) l_r, then y += o[d] * output row d
   //   owner   rank r has dimensions r*OUT_ROWS.. of the head; every warp merges for itself what it needs
-  //   bytes   HS * C * 2 / K         syncs   after (2); (F) (E) a tile
+  //   bytes   HS * C * 2 / K         syncs   after (2); (F) (E) a stage
   //   why     parts are added in the order of ranks, not of arrival, so that the bits are the same every time
   __device__ void out_rows(int h) {
     float top = s.slice_ml[0][0], weight[K], l = 0;
@@ -956,7 +978,7 @@ struct Worker {  // one thread's view
   // S8 HIDDEN UNITS
   //   math    h_j = gelu(up row j . xn2 + b_j), y += h_j * down row j; gelu(a) = a/2 (1 + erf(a / sqrt 2))
   //   owner   a block has units first_unit..last_unit - 1, and nobody else needs to know h_j
-  //   bytes   4 * C a unit           syncs   (F) (E) (c) a tile
+  //   bytes   4 * C a unit           syncs   (F) (E) a stage; (c) a tile
   //   why     it needs nothing but x, so it fills the time in which something else is on its way; Pythia is
   //           trained with erf, from which GELU by tanh is off by up to 5e-4
   __device__ void units(const Columns& xn2, int first, int last) {
@@ -983,8 +1005,8 @@ struct Worker {  // one thread's view
       const int c = column_again(p), owner = c / OWN;
       const uint32_t place = peer(&s.sums[s.plan.rank * TEAMS + team][c % OWN], owner),
                      ready = peer(&s.sums_ready, owner);
-      push4(place, y + 8 * p, ready);
-      push4(place + 16, y + 8 * p + 4, ready);
+      push4(place, y + 8 * p, ready);           // (3)
+      push4(place + 16, y + 8 * p + 4, ready);  // (3)
     }
     wait(m, s, &s.sums_ready, sums_parity, SYNC_SUMS);  // (3)
     sums_parity ^= 1;
@@ -1018,7 +1040,7 @@ struct Worker {  // one thread's view
   // S10 LM HEAD
   //   math    logits = rows @ LNf(x), token = argmax
   //   owner   a block has rows first_row..last_row - 1
-  //   bytes   V * C * 2 / 132, 1.95 MB, 56 us          syncs   after (4); (F) (E) (c) a tile
+  //   bytes   V * C * 2 / 132, 1.95 MB, 56 us          syncs   after (4); (F) (E) a stage; (c) a tile
   //   why     packed into 64 bits, (logit, token) is ordered by logit, then by smaller token, NaN above all
   //           as in torch; and an integer maximum does not depend on the order in which blocks arrive
   __device__ void lm_head(const Columns& x) {
@@ -1042,26 +1064,28 @@ struct Worker {  // one thread's view
 // ----------------------------------------------------------------------------------------------------------
 // 8. The kernel
 //
-// A layer of 2.8b at T = 128, in the steps between the marks of -DTIMELINE: what thread 0 of rank 1 of
-// cluster 5 (block 11) does; the bytes that its block consumes, with their time at an even share; what costs
-// time without bytes. `python bench.py --timeline` measures and draws when the blocks pass the marks.
+// A layer of 2.8b at T = 128, in the steps between the marks of -DTIMELINE; a mark ends its row. What thread
+// 0 of rank 1 of cluster 5 (block 11) does; the KB that its block reads, and the us at an even share of the
+// memory; the us that it took on an H200, the mean of the layers in results/ (`bench.py --timeline`).
 //
-//  mark        thread 0 of block 11                                          bytes  even share latency
-//  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                      L2, (a)
-//              S1: has columns 0..7 from here on                                               shuffles, (b)
-//  QKV         S2: rows 1320..1439: head 5, k from dimension 40 on, and v   614 KB  17.7 us
-//  1           S8: units 310..325; (1)                                      164 KB   4.7
-//  ATTEND      S3: rotates q[0] with q[10]                                                     (d)
-//              S5: dimensions 0..7 of tokens 64, 84, 104, 124; after (e)     20 KB   0.6       (e)
+//  mark        thread 0 of block 11                                           KB  share  took  waits for
+//  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                 1.2  L2, (a)
+//              S1: has columns 0..7 from here on                                               (b)
+//  QKV         S2: rows 1320..1439: head 5, k from dimension 40 on, and v    615   17.7  15.6  memory
+//  1           S8: units 310..325; (1)                                       164    4.7   5.3  memory
+//  ATTEND      S3: rotates q[0] with q[10]                                                1.8  (d)
+//              S5: dimensions 0..7 of tokens 64, 84, 104, 124; after (e)      20    0.6        (e)
 //              merges dimension 0 of 10 warps, pushes o, m, l to rank 0
-//  2           S8: units 326..337; (2)                                      123 KB   3.5
-//  OUT, UNITS  S6, S7: output rows 440..479                                 205 KB   5.9
-//  3           S9: pushes y[0..7] to rank 0; (3)                                               pushes
-//  ADDED       S9: adds columns 1280, 1600, 1920, 2240 of the sum to x                         L2
-//  START       (4): being thread 0, arrives and polls                                          other blocks
+//  2           S8: units 326..337; (2)                                       123    3.5   2.9  memory
+//  OUT, UNITS  S6, S7: output rows 440..479; S8: no unit is left             205    5.9   5.4  memory
+//  3           S9: pushes y[0..7] to rank 0; (3)                                          0.8  peer's sums
+//  ADDED       S9: adds columns 1280, 1600, 1920, 2240 of the sum to x                    0.4  L2
+//  START       (4): being thread 0, arrives and polls                                     4.7  other blocks
+//  a layer                                                                  1127   32.4  38.1
 //
-// Steps without bytes are where the producer gains: it fills the ring, 205 KB, so that later steps go faster
-// than their even share. The layer's floor is 34.6 us.
+// The bytes of all blocks take 34.9 us at what that GPU reads. Of the wait at (4), 3.4 us pass until the last
+// block has added, and 1.4 until all know. The producer goes on meanwhile, which is why S2 takes less than
+// its share.
 
 __global__ void __launch_bounds__(WORKERS + 32, 1)
 fused_block(const __grid_constant__ Model m, const int first_layer, const int last_layer, const int lm_head) {
@@ -1096,12 +1120,14 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
   if (first_layer == 0) w.read_embedding(token, x);
   else w.read_residual(m.residual + s.rotation % 3 * C, x);             // S0
 
+  // Layer 0 has x from embed_in, the others from (4). After the last comes the LM head, and whichever block
+  // ends last writes token and position into State, where the next launch finds them.
   for (int layer = first_layer; layer < last_layer; layer++) {
     const int step = layer - first_layer;
     long long* x_next = m.residual + (s.rotation + step + 1) % 3 * C;
     long long* x_clear = m.residual + (s.rotation + step + 2) % 3 * C;  // chapter 4: all have read it
     if (w.tid == 0) s.layer = layer;
-    // The last blocks clear: they have no head, where there are fewer heads than clusters.
+    // The last blocks clear: where heads are fewer than clusters, they have none, and no chain to lengthen.
     for (int c = (gridDim.x - 1 - blockIdx.x) * WORKERS + w.tid; c < C; c += gridDim.x * WORKERS)
       x_clear[c] = 0;
 
@@ -1162,7 +1188,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     w.affine(x, norms.w1, norms.b1, xn1);
     w.lm_head(xn1);                                                     // S10
   }
-  // The last block of all, when every block has read State, makes it ready for the next launch; nobody waits.
+  // Whichever block ends last makes State ready for the next launch: by then all have read it. Nobody waits.
   workers_sync();                                                       // (g), for `finished`
   const int steps = last_layer - first_layer;
   if (w.tid == 0) {
@@ -1246,14 +1272,15 @@ extern "C" void fused_sizes(int* workers, int* stages, int* shared_bytes) {
 // ----------------------------------------------------------------------------------------------------------
 // 11. Exercises: edits worth trying, with what to expect of a token of 2.8b at T = 128 on an H200
 //
-// 1. K: cluster=1 and cluster=4 (python bench.py --ablate). Both are slower, 1 by far: a head's rows all fall
-// to one block; with 4, fewer blocks fit. Which of (1), (2), (3) gets longer, and does it matter?
-// 2. build.py: ROWS 4 and 16 instead of 8. With 4, reductions come twice as often; with 16, only two tiles
-// fit into the ring and the producer cannot run ahead. Which costs more?
+// 1. K: cluster=1 and cluster=4 (python bench.py --ablate). Expect 31 % and 4 % more time: with 1, a head's
+// rows all fall to one block; with 4, fewer blocks fit. Which of (1), (2), (3) gets longer?
+// 2. build.py: ROWS 4 and 16 instead of 8. With 4, reductions come twice as often; with 16, the ring is two
+// tiles, 4 stages of 40 KB, and the producer one tile ahead at most. Expect 3 % and 68 % more time.
 // 3. make_plan: filler = 0. The bits of y change, as every thread adds in another order. The block of a head
 // takes longer by what (1) and (2) take to travel; how much is that of a token?
 // 4. build.py: attention_kib = 0. Expect the blocks with a head to arrive last at (4). make_plan:
 // KV_WEIGHT = 2. Expect nothing at T = 128, and at T = 2000 that these blocks arrive last.
 // 5. to_fixed, add_relaxed: a float atomicAdd instead. In how many of 1000 launches do all bits agree?
-// 6. dot_tile: dots[1] for dots[2]. Find the interleaving of two warps that goes wrong, then count how often
-// it does. MUTANT 8, 9 and 10 drop (4), (1) and (2): expect test_block.py to see it in all of 200 launches.
+// 6. dot_tile: leave out `flip ^= 1`, so that all tiles share one half of `dots`. Find the interleaving of
+// two warps that goes wrong, then count how often it does. MUTANT 8, 9 and 10 drop (4), (1) and (2): the
+// tests see each of them in all of 200 launches.
