@@ -119,6 +119,7 @@ def load(defines, arch):
             fcntl.flock(file, fcntl.LOCK_EX)
             (folder / "lock").unlink(missing_ok=True)
             if not library.exists():
+                cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(name, None)  # or a retry would not build
                 with Progress(f"Compiling the kernel for {arch} (once, about {COMPILE_SECONDS} s)"):
                     cpp_extension.load(name, [str(SOURCE)], extra_cuda_cflags=arguments,
                                        build_directory=str(folder), is_python_module=False, verbose=False)
@@ -156,7 +157,7 @@ def nvcc():
 
 def first_error(text):
     """The first line of a compiler's output that names an error; "Error building extension" is no name."""
-    lines = [line.strip() for line in text.splitlines() if re.search("error: |No space left", line)]
+    lines = [line.strip() for line in text.splitlines() if re.search(r"(error|fatal)\s*:|No space left", line)]
     return (lines or text.strip().splitlines() or ["no message"])[0][:300]
 
 

@@ -1083,7 +1083,7 @@ struct Worker {  // one thread's view
 //  START       (4): being thread 0, arrives and polls                                     4.7  other blocks
 //  a layer                                                                  1127   32.4  38.1
 //
-// The bytes of all blocks take 34.9 us at what that GPU reads. Of the wait at (4), 3.4 us pass until the last
+// The bytes of all blocks take 34.9 us at what that GPU reads. Of the wait at (4), 3.3 us pass until the last
 // block has added, and 1.4 until all know. The producer goes on meanwhile, which is why S2 takes less than
 // its share.
 

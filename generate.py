@@ -193,3 +193,8 @@ if __name__ == "__main__":
         sys.exit(130)
     except BrokenPipeError:  # the reader, `head` for one, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # its disk is full, for one
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"generate.py: the text cannot be written ({error}): give standard output more room",
+              file=sys.stderr)
+        sys.exit(2)

@@ -83,6 +83,8 @@ class Config:
         """The Config of a checkpoint on the Hugging Face Hub or in a folder; Refused as by Pythia's."""
         # imported here, because it takes seconds and Pythia.random has no need of it
         from transformers import GPTNeoXConfig
+        if revision is not None and os.path.isdir(name_or_folder):
+            raise Refused(f"{name_or_folder} is a folder and has no revision {revision!r}: leave it out")
         with loading(name_or_folder, revision):
             # a dict, so that nothing else in the file, such as the length of a table, is acted on
             return cls.from_transformers(GPTNeoXConfig.get_config_dict(name_or_folder, revision=revision)[0])
@@ -259,8 +261,6 @@ class Pythia(nn.Module):
         from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
         from transformers.utils import logging
         check_device(dtype, device)
-        if revision is not None and os.path.isdir(name_or_folder):
-            raise Refused(f"{name_or_folder} is a folder and has no revision {revision!r}: leave it out")
         config = Config.from_pretrained(name_or_folder, revision)
         hf_config = GPTNeoXConfig(
             vocab_size=config.vocab, hidden_size=config.hidden, num_hidden_layers=config.n_layer,
