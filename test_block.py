@@ -1142,6 +1142,13 @@ def plan_of(function, *args):
     return tuple(plan)
 
 
+def test_pointer_order():
+    """Fused hands a block's parameters over in their own order, which must be that of the kernel's Layer."""
+    layer = re.search(r"struct Layer \{.*?\};", SOURCE, re.DOTALL)[0]
+    names = [name for name, _ in small_model("tiny-pythia").blocks[0].named_parameters()]
+    report("Fused", "parameters of a block unlike the kernel's Layer", re.findall(r"\*(\w+)", layer) != names)
+
+
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler (c++) on this machine")
 def test_constants_and_plan(tmp_path):
     """Every constant (as fp32) and every block's plan: as a C++ compiler and the emulator understand them."""
