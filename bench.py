@@ -316,15 +316,9 @@ def best_of(settings):
 
 def transformers_model(config, device="cuda", dtype=torch.float16):
     """A GPTNeoXForCausalLM of the same shape with transformers' own random weights, whose text never ends."""
-    from transformers import AutoModelForCausalLM, GPTNeoXConfig
-    c = config
-    hf_config = GPTNeoXConfig(
-        vocab_size=c.vocab, hidden_size=c.hidden, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-        intermediate_size=c.mlp, max_position_embeddings=c.context,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta,
-                         "partial_rotary_factor": c.rotary_dims / c.head_size})
+    from transformers import AutoModelForCausalLM
     with torch.device(device):
-        hf = AutoModelForCausalLM.from_config(hf_config, dtype=dtype).eval()
+        hf = AutoModelForCausalLM.from_config(config.to_transformers(), dtype=dtype).eval()
     hf.generation_config.eos_token_id = None
     return hf
 

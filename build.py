@@ -157,7 +157,8 @@ def nvcc():
 
 def first_error(text):
     """The first line of a compiler's output that names an error; "Error building extension" is no name."""
-    lines = [line.strip() for line in text.splitlines() if re.search(r"(error|fatal)\s*:|No space left", line)]
+    names_it = re.compile(r"(error|fatal)\s*:|No space left")
+    lines = [line.strip() for line in text.splitlines() if names_it.search(line)]
     return (lines or text.strip().splitlines() or ["no message"])[0][:300]
 
 

@@ -1272,10 +1272,10 @@ extern "C" void fused_sizes(int* workers, int* stages, int* shared_bytes) {
 // ----------------------------------------------------------------------------------------------------------
 // 11. Exercises: edits worth trying, with what to expect of a token of 2.8b at T = 128 on an H200
 //
-// 1. K: cluster=1 and cluster=4 (python bench.py --ablate). Expect 31 % and 4 % more time: with 1, a head's
-// rows all fall to one block; with 4, fewer blocks fit. Which of (1), (2), (3) gets longer?
+// 1. K: cluster=1 and cluster=4 (python bench.py --ablate). Expect both to be slower, 1 by far: a head's rows
+// all fall to one block; with 4, fewer blocks fit. Which of (1), (2), (3) gets longer?
 // 2. build.py: ROWS 4 and 16 instead of 8. With 4, reductions come twice as often; with 16, the ring is two
-// tiles, 4 stages of 40 KB, and the producer one tile ahead at most. Expect 3 % and 68 % more time.
+// tiles, 4 stages of 40 KB, and the producer one tile ahead at most. Expect both to be slower, 16 by far.
 // 3. make_plan: filler = 0. The bits of y change, as every thread adds in another order. The block of a head
 // takes longer by what (1) and (2) take to travel; how much is that of a token?
 // 4. build.py: attention_kib = 0. Expect the blocks with a head to arrive last at (4). make_plan:

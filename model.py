@@ -94,6 +94,16 @@ class Config:
         """The Config of a transformers config, or of the dict in config.json; Refused as by read_config."""
         return read_config(hf if isinstance(hf, dict) else hf.to_dict())
 
+    def to_transformers(self):
+        """The GPTNeoXConfig of the same model."""
+        from transformers import GPTNeoXConfig
+        return GPTNeoXConfig(
+            vocab_size=self.vocab, hidden_size=self.hidden, num_hidden_layers=self.n_layer,
+            num_attention_heads=self.n_head, intermediate_size=self.mlp, max_position_embeddings=self.context,
+            layer_norm_eps=self.eps, eos_token_id=list(self.eos), rope_parameters={
+                "rope_type": "default", "rope_theta": self.rope_theta,
+                "partial_rotary_factor": self.rotary_dims / self.head_size})
+
 
 class Block(nn.Module):
     """One layer."""
@@ -258,17 +268,14 @@ class Pythia(nn.Module):
         transformers finds, downloads and reads the files: safetensors or .bin, whole or sharded. Raises
         Refused where they cannot be had, or are not exactly this model.
         """
-        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+        from transformers import GPTNeoXForCausalLM
         from transformers.utils import logging
         check_device(dtype, device)
         config = Config.from_pretrained(name_or_folder, revision)
-        hf_config = GPTNeoXConfig(
-            vocab_size=config.vocab, hidden_size=config.hidden, num_hidden_layers=config.n_layer,
-            num_attention_heads=config.n_head, intermediate_size=config.mlp)  # what the shapes follow from
         with loading(name_or_folder, revision):
             check_files(name_or_folder, revision, config)
             hf, report = GPTNeoXForCausalLM.from_pretrained(
-                name_or_folder, config=hf_config, revision=revision or "main", dtype=dtype,
+                name_or_folder, config=config.to_transformers(), revision=revision or "main", dtype=dtype,
                 output_loading_info=True, ignore_mismatched_sizes=True)  # they are refused below, with names
         for key, fault in (("missing_keys", "lacks"),
                            ("unexpected_keys", "has tensors this model does not use:"),
