@@ -359,9 +359,9 @@ class Emulator:
     def x(self):
         return self.from_fixed(self.residual[self.rotation])
 
-    def launch(self, token, position, first_layer=0, last_layer=None, lm_head=True, rng=None):
+    def launch(self, token, position, first_layer=0, last_layer=None, lm_head=True):
         """Layers first_layer..last_layer - 1 for `token` at `position`; from a layer other than 0 on, for the
-        x that is there. `rng` (a numpy Generator) shuffles the order in which clusters add to x."""
+        x that is there."""
         k, model, last_layer = self.k, self.model, self.k.L if last_layer is None else last_layer
         self.position, self.range = position, (first_layer, last_layer, lm_head)
         self.cos, self.sin = (table[position].double().numpy() for table in (model.rope_cos, model.rope_sin))
@@ -379,9 +379,8 @@ class Emulator:
         for layer in range(first_layer, last_layer):
             x_next, x_clear = (self.residual[(self.rotation + i) % 3] for i in (1, 2))
             x_clear[:] = 0
-            order = np.arange(self.blocks // k.K) if rng is None else rng.permutation(self.blocks // k.K)
-            for cluster in order:
-                self.run_cluster(self.workers[cluster * k.K:(cluster + 1) * k.K], layer, x_next)
+            for first in range(0, self.blocks, k.K):
+                self.run_cluster(self.workers[first:first + k.K], layer, x_next)
             for w in self.workers:                                          # (4)
                 w.read_residual(x_next)
             self.rotation = (self.rotation + 1) % 3

@@ -36,7 +36,8 @@
 //
 // How to read. Chapter 1 is the picture, 2 the syncs, 3 and 4 the sizes and places. Then chapter 8, the
 // kernel, names every stage in order; read the stages in chapter 7 as you meet them. Chapter 5, the
-// instructions, can be taken on trust. emulator.py has the same dataflow in Python, README.md the references.
+// instructions, can be taken on trust. emulator.py has the same dataflow in Python; simulator.cpp runs this
+// file on a CPU, one thread after another; README.md has the references.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -125,7 +126,7 @@
 //  (d)  block    rotated q, k and v in fp16; that  all warps; pushes of the   attention with half-rotated q
 //                S3 has read (1)'s inbox           next head
 //  (e)  block    m, l, o of a warp's tokens        one thread a dimension     a merge with the head before
-//  (f)  block    that S6 has read (2)'s inbox      pushes of the next head    refilled under a slow warp
+//  (f)  block    that S6 has read (2)'s inbox      pushes of the next head    nothing: (1) implies it
 //  (g)  block    that all it has to add is sent    the thread that arrives    (4) counts a block not yet done
 //  (h)  block    that (4) has been passed          all threads                the others run ahead of (4)
 //
@@ -145,8 +146,12 @@
 //     (2) m, l, o     in S6     (f) or (g)  q, k, v of the next head   (1), before it pushes the next m, l, o
 //     (3) sums of y   in S9     (g)         its arrival                (4), before it pushes the next sums
 //
-// (After the last head (g) stands for (f).) So no barrier completes a phase before all threads of its block
-// have seen the one before, and one bit, the parity, tells a waiting thread which phase it is in.
+// (After the last head (g) stands for (f). Between two heads (f) could go: a team that reads (2)'s inbox in
+// S6 has rows of the next q, k, v, three times as many, and sends them afterwards; no peer passes (1) without
+// them.) So no barrier completes a phase before all threads of its block have seen the one before, and one
+// bit, the parity, tells a waiting thread which phase it is in.
+//
+// Without any other of these syncs the result changes: python test_block.py -k simulated_syncs, on a CPU.
 //
 // A block may leave while its own pushes fly: they come from registers. None leaves while pushes fly towards
 // it: it waits for every byte of (1), (2) and (3).
@@ -1282,5 +1287,5 @@ extern "C" void fused_sizes(int* workers, int* stages, int* shared_bytes) {
 // KV_WEIGHT = 2. Expect nothing at T = 128, and at T = 2000 that these blocks arrive last.
 // 5. to_fixed, add_relaxed: a float atomicAdd instead. In how many of 1000 launches do all bits agree?
 // 6. dot_tile: leave out `flip ^= 1`, so that all tiles share one half of `dots`. Find the interleaving of
-// two warps that goes wrong, then count how often it does. MUTANT 8, 9 and 10 drop (4), (1) and (2): the
-// tests see each of them in all of 200 launches.
+// two warps that goes wrong, then count how often it does: on a GPU, or in the orders of simulator.cpp (-k
+// simulated_block). MUTANT 8, 9 and 10 drop (4), (1) and (2): the tests see each in all of 200 launches.

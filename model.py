@@ -553,12 +553,18 @@ class Fused:
             raise Refused(f"the cache is {list(cache.shape)} {cache.dtype} on {cache.device}, the model "
                           f"needs {list(shape)} torch.float16 on {device}, contiguous: take one from "
                           "new_cache()")
-        self.config, self.device, self.cache, self.use_graph, self.graph = c, device, cache, graph, None
+        self.use_graph, self.graph = graph, None
+        self.allocate(model, cache, sms)
+
+    def allocate(self, model, cache, sms):
+        """Makes what a launch works in, and the kernel's parameter: pointers to that, weights and cache."""
+        c, device = model.config, cache.device
+        self.config, self.device, self.cache = c, device, cache
         self.state = torch.zeros(16, dtype=torch.int32, device=device)            # the kernel's State
         self.residual = torch.zeros(3, c.hidden, dtype=torch.int64, device=device)
         self.logits = torch.zeros(c.vocab, device=device)
         self.history = torch.zeros(c.context, dtype=torch.int32, device=device)   # tokens chosen, by position
-        self.failure = torch.zeros(4, dtype=torch.int32).pin_memory()             # outlives the CUDA context
+        self.failure = torch.zeros(4, dtype=torch.int32, pin_memory=device.type == "cuda")  # outlives CUDA
         self.taps = torch.zeros(6 * c.hidden + c.mlp, device=device)
         self.timeline = torch.zeros(sms, c.n_layer + 1, 10, dtype=torch.int64, device=device)
         tensors = [*model.blocks.parameters(),  # in the order of Block, which is that of the kernel's Layer

@@ -8,6 +8,7 @@ fused kernel need a CUDA GPU of compute capability 9.0 or later, and are skipped
 """
 import copy
 import ctypes
+import functools
 import gc
 import http.server
 import importlib.metadata
@@ -54,7 +55,7 @@ from emulator import (
     pack,
     producer,
 )
-from model import SIZES, Config, Pythia, Refused
+from model import SIZES, Config, Fused, Pythia, Refused
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = generate.TINY
@@ -1092,56 +1093,12 @@ def test_pack():
     report("emulator", "pairs of packed (logit, token) in the wrong order", wrong)
 
 
-@torch.inference_mode()
-def test_emulator_half(monkeypatch):
-    """With the kernel's own unit, fp16 weights and cache: the truth rounds k and v too, and nothing else."""
-    attention = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, *args, **kw: attention(
-        q, k.half().double(), v.half().double(), *args, **kw))
-    model = Pythia.random(replace(Config.from_name("pythia-14m"), n_layer=1, vocab=1003), dtype=torch.float16)
-    cache = filled_cache(model, 50)
-    grid = Emulator(model, 6, cache, cluster=2)
-    grid.launch(11, 50, lm_head=False)
-    model, cache = model.double(), cache.double()
-    truth = model.blocks[0](model.embed_in[11].view(1, 1, -1), cache[0], 50)[0, 0].numpy()
-    unit = 1 / kernel_constants(build.constants(model.config)).FIXED_ONE
-    error = np.abs(grid.x() - truth).max() / unit
-    report("pythia-14m", "fp16, 6 clusters of 2: block, units of fixed point", error, 3)
-    new = (grid.cache[..., 50, :] != cache[..., 50, :].half()).sum()
-    report("pythia-14m", "fp16: new k, v unlike the rounded truth", new)
-
-
-@torch.inference_mode()
-def test_order_of_clusters():
-    """x has the same bits in whatever order clusters add to it; the same sums in fp32 do not."""
-    model = small_model("tiny-pythia")
-    cache, runs = filled_cache(model, 9), []
-    for seed in range(6):
-        grid, parts = Emulator(model, 30, cache, cluster=1), []
-        grid.to_fixed = lambda v, grid=grid, parts=parts: (parts.append(v), Emulator.to_fixed(grid, v))[1]
-        grid.launch(5, 9, last_layer=2, lm_head=False, rng=np.random.default_rng(seed))
-        in_fp32 = np.zeros(model.config.hidden, np.float32)
-        for part in parts[-30:]:
-            in_fp32 += part.astype(np.float32)
-        runs.append((grid.residual.tobytes(), in_fp32.tobytes()))
-    integers, floats = (len(set(results)) for results in zip(*runs, strict=True))
-    report("tiny-pythia", "different x of 6 orders of clusters, beyond the first", integers - 1)
-    report("tiny-pythia", "control: all fp32 sums of these orders are the same", floats == 1)
-
-
 # ------------------------------------------------ constants and plan: the kernel's C++ against the emulator's
 
 def plan_of(function, *args):
     plan = (ctypes.c_int * len(Plan._fields))()
     function(*args, plan)
     return tuple(plan)
-
-
-def test_pointer_order():
-    """Fused hands a block's parameters over in their own order, which must be that of the kernel's Layer."""
-    layer = re.search(r"struct Layer \{.*?\};", SOURCE, re.DOTALL)[0]
-    names = [name for name, _ in small_model("tiny-pythia").blocks[0].named_parameters()]
-    report("Fused", "parameters of a block unlike the kernel's Layer", re.findall(r"\*(\w+)", layer) != names)
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler (c++) on this machine")
@@ -1257,8 +1214,8 @@ def kernels():
 gpu = pytest.mark.usefixtures("kernels")
 
 
-def random_half(config):
-    return Pythia.random(config, 1, torch.float16, DEVICE)
+def random_half(config, device=DEVICE):
+    return Pythia.random(config, 1, torch.float16, device)
 
 
 def tiny_half(dtype=torch.float16):
@@ -1270,7 +1227,7 @@ def tiny_half(dtype=torch.float16):
 
 def hard_input(C, rng):
     """x [C] fp16 around 1, with outliers of 30 and more."""
-    x = torch.randn(C, generator=rng, device=DEVICE) + 1
+    x = torch.randn(C, generator=rng, device=rng.device) + 1
     x[::97] *= 30
     return x.half()
 
@@ -1306,7 +1263,7 @@ class Watched:
         for index, name in enumerate(("cache", "residual", "logits", "history", "state"), -8):
             old = getattr(fused, name)
             size = old.nbytes + 2 * self.MARGIN
-            self.wholes[name] = torch.full((size,), 0x5a, dtype=torch.uint8, device=DEVICE)
+            self.wholes[name] = torch.full((size,), 0x5a, dtype=torch.uint8, device=old.device)
             new = self.inside(self.wholes[name], old)
             new.copy_(old)
             assert fused.pointers[index] == old.data_ptr()
@@ -1336,19 +1293,15 @@ class Watched:
                    for now, before in zip(self.fused.tensors, self.others, strict=True))
 
 
-@gpu
-@pytest.mark.parametrize("name", SIZES)
-@torch.inference_mode()
-def test_fused_block(name):
-    """One block, launched alone. Keys and values from `pos` on, logits, what it has to clear: all garbage."""
-    model, rng = random_half(cut(name)), torch.Generator(DEVICE).manual_seed(0)
-    block, C = model.blocks[1], model.config.hidden
-    exact, elsewhere, unlike, appended = copy.deepcopy(block).double(), 0, 0, []
-    for cluster in CLUSTERS:
-        fused = model.fuse(cluster=cluster)
+def report_blocks(name, model, decoders, repeats=3):
+    """One block, launched alone, of all `decoders` (fused, positions). Keys and values from `pos` on, logits,
+    what it has to clear: all garbage."""
+    block, C, device = model.blocks[1], model.config.hidden, model.embed_in.device
+    rng, exact = torch.Generator(device).manual_seed(0), copy.deepcopy(block).double()
+    elsewhere, unlike, appended = 0, 0, []
+    for fused, positions in decoders:
         watched, worst = Watched(fused), []
-        default = cluster == build.default_cluster(model.config, multiprocessors())
-        for pos in POSITIONS if default else SOME_POSITIONS:
+        for pos in positions:
             fused.cache.normal_(generator=rng)
             fused.cache[..., pos:, :] = math.nan
             fused.logits.fill_(math.nan)
@@ -1361,14 +1314,25 @@ def test_fused_block(name):
             elsewhere += watched.changed(cache=(1, ..., pos, slice(None)), residual=..., state=slice(0, 8))
             worst.append((*against(ours, y16, y), pos))
             appended.append([t[..., pos, :].double().flatten() for t in (fused.cache[1], kv16, kv)])
-            unlike += sum(not torch.equal(launch_block(fused, x, pos), ours) for _ in range(3))
+            unlike += sum(not torch.equal(launch_block(fused, x, pos), ours) for _ in range(repeats))
         ratio, mine, fp16, pos = max(worst)
+        cluster = fused.defines["CLUSTER"]
         report(name, f"block, clusters of {cluster}, at {pos}: {mine:.1e} / fp16 {fp16:.1e}", ratio, 1)
         elsewhere += watched.others_changed()
     ratio, mine, fp16 = against(*map(torch.cat, zip(*appended, strict=True)), norms=(2,))
     report(name, f"new keys and values: {mine:.1e} / fp16 {fp16:.1e}", ratio, 1)
     report(name, "bytes changed elsewhere", elsewhere)
     report(name, "launches whose bits differ", unlike)
+
+
+@gpu
+@pytest.mark.parametrize("name", SIZES)
+@torch.inference_mode()
+def test_fused_block(name):
+    model = random_half(cut(name))
+    default = build.default_cluster(model.config, multiprocessors())
+    report_blocks(name, model, ((model.fuse(cluster=k), POSITIONS if k == default else SOME_POSITIONS)
+                                for k in CLUSTERS))
 
 
 @gpu
@@ -1430,13 +1394,13 @@ def place(config, clusters, stage, i):
     return f"unit {i}" if stage == "h" else f"column {i}"
 
 
-def stage_errors(model, fused, positions):
+def stage_errors(model, fused, plain, positions):
     """[(stage, ratio, our error, PyTorch fp16's, where ours is largest)], each at its worst position.
 
-    Also, at how many positions y of `fused` has other bits than y of the kernel as it is shipped.
+    Also, at how many positions y of `fused`, which has taps, has other bits than y of `plain`.
     """
-    rng, block, C = torch.Generator(DEVICE).manual_seed(0), model.blocks[1], model.config.hidden
-    exact, plain, unlike, found = copy.deepcopy(block).double(), model.fuse(fused.cache), 0, {}
+    rng, block, C = torch.Generator(fused.device).manual_seed(0), model.blocks[1], model.config.hidden
+    exact, unlike, found = copy.deepcopy(block).double(), 0, {}
     for pos in positions:
         fused.cache.normal_(generator=rng)
         fused.cache[..., pos:, :] = math.nan
@@ -1449,6 +1413,7 @@ def stage_errors(model, fused, positions):
             i = int((t.double() - truth[stage]).abs().nan_to_num(math.inf).argmax())
             found.setdefault(stage, []).append((*against(t, theirs[stage], truth[stage]),
                                                 f"{place(model.config, fused.clusters, stage, i)} at {pos}"))
+        plain.cache.copy_(fused.cache)
         unlike += not torch.equal(launch_block(plain, x, pos), ours["y"])
     return [(stage, *max(rows)) for stage, rows in found.items()], unlike
 
@@ -1458,28 +1423,34 @@ def stage_errors(model, fused, positions):
 @torch.inference_mode()
 def test_fused_stages(name):
     model = random_half(cut(name))
-    rows, unlike = stage_errors(model, model.fuse(extra={"TAPS": 1}), (17, 1000))
+    rows, unlike = stage_errors(model, model.fuse(extra={"TAPS": 1}), model.fuse(), (17, 1000))
     for stage, ratio, mine, fp16, where in rows:
         report(name, f"{stage}: {mine:.0e} / fp16 {fp16:.0e}, {where}", ratio, 1)
     report(name, "positions where taps change the bits of y", unlike)
+
+
+def report_mutant(name, mutant, model, broken, plain, positions):
+    """A kernel with one thing broken must not pass for right, and the unbroken one must."""
+    model.blocks[1].b_up -= 2.5  # where GELU and its approximation differ by more than fp16's rounding
+    rows, _ = stage_errors(model, broken, plain, positions)
+    red = [row for row in rows if not row[1] <= 1]
+    if mutant == 0:
+        stages_red = ", ".join(row[0] for row in red)
+        report(f"mutant {name}", f"{MUTANTS[0]}: stages that are red {stages_red}", len(red))
+        return
+    stage, ratio, _, _, where = (red or [max(rows, key=lambda row: row[1])])[0]
+    found = f"caught at {stage}, {where}" if red else f"NOT CAUGHT, nearest is {stage}"
+    report(f"mutant {name}", f"{MUTANTS[mutant]}: {found}; fp16's error / its",
+           1 / ratio if red else math.inf, 1)
 
 
 @gpu
 @pytest.mark.parametrize("mutant", MUTANTS)
 @torch.inference_mode()
 def test_mutants(mutant):
-    """A kernel with one thing broken must not pass for right, and the unbroken one must."""
     model = random_half(cut("pythia-160m"))
-    model.blocks[1].b_up -= 2.5  # where GELU and its approximation differ by more than fp16's rounding
-    rows, _ = stage_errors(model, model.fuse(extra={"TAPS": 1, "MUTANT": mutant}), (17, 1000))
-    red = [row for row in rows if not row[1] <= 1]
-    if mutant == 0:
-        report("mutant 0", f"{MUTANTS[0]}: stages that are red", len(red))
-        return
-    stage, ratio, _, _, where = (red or [max(rows, key=lambda row: row[1])])[0]
-    found = f"caught at {stage}, {where}" if red else f"NOT CAUGHT, nearest is {stage}"
-    report(f"mutant {mutant}", f"{MUTANTS[mutant]}: {found}; fp16's error / its",
-           1 / ratio if red else math.inf, 1)
+    broken = model.fuse(extra={"TAPS": 1, "MUTANT": mutant})
+    report_mutant(mutant, mutant, model, broken, model.fuse(), (17, 1000))
 
 
 def launches(mutant):
@@ -1883,6 +1854,149 @@ def test_fused_command():
     report("generate.py", "--fused: text without a graph differs", outs[0][0] != outs[1][0])
     _, err = gone.communicate(timeout=120)
     report("generate.py", "--fused: tracebacks when the reader is gone", err.count("Traceback"))
+
+
+# ----------------------------------------------------- the kernel's own source, on a CPU: see simulator.cpp
+
+def source_for_cpu(text):
+    """What simulator.cpp includes: the kernel without its host side, and without functions that are PTX."""
+    text = re.sub(r"^#include <cuda.*\n", "", text[:text.index("// 9. Host side")], flags=re.MULTILINE)
+    rest = r"(?:(?!^\}|\}$).)*"  # of a function
+    text = re.sub(rf"^__device__ {rest}\basm\b{rest}\}}$\n", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"extern __shared__ [^;]*;", "uint8_t* raw = SHARED_MEMORY;", text)
+
+
+class Simulated(Fused):
+    """A decoder whose launches run on the CPU, each in another random order."""
+
+    def __init__(self, folder, model, clusters, source=SOURCE, **tuning):
+        self.defines, self.clusters, self.seed = build.constants(model.config, **tuning), clusters, 0
+        text = source_for_cpu(source)
+        name = f"{abs(hash((text, *self.defines.items())))}"
+        kernel, library = folder / f"{name}.h", folder / f"{name}.so"
+        if not library.exists():
+            kernel.write_text(text)
+            macros = [f"-D{k}={v}" for k, v in ({"KERNEL": f'"{kernel}"'} | self.defines).items()]
+            subprocess.run(["c++", "-std=c++17", "-O1", "-march=native", "-fno-strict-aliasing", "-w",
+                            "-U_FORTIFY_SOURCE",  # which forbids to longjmp
+                            "-fvisibility=hidden", "-fPIC", "-shared", *macros, "-o", library,
+                            Path(HERE, "simulator.cpp")], check=True)
+        self.library = ctypes.CDLL(str(library))
+        self.allocate(model, model.new_cache(), sms=1)
+
+    def launch(self, first_layer, last_layer, lm_head):
+        def synchronize():
+            if not self.library.simulate(self.pointers, self.clusters, first_layer, last_layer, int(lm_head),
+                                         self.seed):
+                raise RuntimeError("the kernel gave up")
+        self.seed += 1
+        self.wait(SimpleNamespace(synchronize=synchronize))
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory):
+    """Simulated, with a folder for what it compiles."""
+    if sys.platform != "linux" or not shutil.which("c++") or subprocess.run(
+            ["c++", "-fsyntax-only", "-xc++", "-"], input=b"_Float16 x;", capture_output=True,
+            check=False).returncode:
+        pytest.skip("no C++ compiler (c++) with _Float16, such as GCC 12, on a Linux")
+    return functools.partial(Simulated, tmp_path_factory.mktemp("simulated"))
+
+
+SMALL = cut("pythia-70m", n_layer=3, mlp=600, vocab=200, context=512)
+
+
+@pytest.mark.parametrize("name, grids, positions, more", [  # grids: (blocks in a cluster, clusters)
+    ("pythia-14m", ((1, 6), (2, 3), (4, 2), (8, 1)), (1, 300), {}), ("pythia-31m", ((2, 3),), (17, 511), {}),
+    ("pythia-70m", ((1, 9), (4, 2)), (130,), {}), ("pythia-6.9b", ((2, 2),), (40,), {}),
+    ("pythia-2.8b", ((2, 3),), (100,), {"hidden": 1280, "n_head": 16})])  # heads of 80 dimensions
+@torch.inference_mode()
+def test_simulated_block(simulated, name, grids, positions, more):
+    """Teams of half a warp, of one, of several; several teams, and one; a thread with two pieces of a row."""
+    model = random_half(cut(name, mlp=520, context=512, **more), "cpu")
+    decoders = ((simulated(model, n, cluster=k), positions) for k, n in grids)
+    report_blocks(f"{name[7:]} on a CPU", model, decoders, repeats=1)
+
+
+@torch.inference_mode()
+def test_simulated_steps(simulated):
+    """Whole steps, each from what the one before has left."""
+    model = random_half(SMALL, "cpu")
+    fused, worst, wrong = simulated(model, 3, cluster=2), [], 0
+    fused.cache.normal_(generator=torch.Generator().manual_seed(0))
+    fused.start(7, 0)
+    for pos in range(4):
+        token = fused.state[:1].long().view(1, 1)
+        fused.cache[..., pos:, :] = math.nan
+        exact, fp16 = (f(model, token, fused.cache.clone(), pos) for f in (exact_logits, Pythia.forward))
+        fused.logits.fill_(math.nan)
+        fused.launch(0, SMALL.n_layer, lm_head=True)
+        worst.append((*against(fused.logits, fp16, exact), pos))
+        chosen = int(fused.logits.argmax())
+        wrong += [*fused.state[:2].tolist(), int(fused.history[pos])] != [chosen, pos + 1, chosen]
+    ratio, mine, fp16, pos = max(worst)
+    report("on a CPU", f"whole step, worst at {pos}: {mine:.1e} / fp16 {fp16:.1e}", ratio, 1)
+    report("on a CPU", "tokens that are not the argmax", wrong)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+@torch.inference_mode()
+def test_simulated_mutants(simulated, mutant):
+    model = random_half(SMALL, "cpu")
+    broken = simulated(model, 3, cluster=2, extra={"TAPS": 1, "MUTANT": mutant})
+    report_mutant(f"{mutant} on a CPU", mutant, model, broken, simulated(model, 3, cluster=2), (300,))
+
+
+WAITS = {  # of the kernel's syncs. Not (f), which only says what (1) implies: see the kernel's chapter 2
+    **{f"({sync})": rf"\w+_sync\(\w*\)(?=;\s+// \({sync}\)\n)" for sync in "0abcdegh"},
+    **{f"({sync})": rf"wait\([^;]*SYNC_{name}\)" for sync, name in zip(
+        "123FE", ("QKV", "SLICE", "SUMS", "FULL", "EMPTY"), strict=True)},
+    "(4)": r"\(int\)\(\(seen = [^;]* < 0(?=;\))",
+    "(E), of a warp's lanes": r"__syncwarp\(\)(?=;\s+// \(E\))",
+    "(g), at the end": r"\w+_sync\(\)(?=;\s+// \(g\), for)"}
+
+
+def test_simulated_syncs(simulated):
+    """Without any one of its syncs the kernel is wrong. On a GPU a race may hide; orders here are random."""
+    model, orders = random_half(SMALL, "cpu"), 100
+    cache = model.new_cache().normal_(generator=torch.Generator().manual_seed(0))
+
+    @torch.inference_mode()
+    def result(fused):
+        fused.residual.zero_()
+        fused.state.zero_()
+        fused.cache.copy_(cache)
+        fused.logits.fill_(math.nan)
+        fused.start(7, 100)
+        fused.launch(0, SMALL.n_layer, lm_head=True)
+        return torch.cat((fused.logits, fused.get_residual(), fused.state[:3], fused.history))
+
+    def shown_by(sync):
+        """The first order that shows its absence."""
+        source, n = re.subn(WAITS[sync], "false", SOURCE)
+        assert n == 1, f"sync {sync} has {n} waits"
+        fused = simulated(model, 3, source=source, cluster=2)
+        with suppress(RuntimeError):  # the kernel gave up
+            while fused.seed < orders and torch.equal(result(fused), right):
+                pass
+            return fused.seed if fused.seed < orders else math.inf
+        return fused.seed
+    fused = simulated(model, 3, cluster=2)
+    right = result(fused)
+    report("on a CPU", "all syncs: orders of 9 with other bits",
+           sum(not torch.equal(result(fused), right) for _ in range(9)))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for sync, n in zip(WAITS, pool.map(shown_by, WAITS), strict=True):
+            report("on a CPU", f"dropped {sync}: shown by order number", n, orders)
+
+
+@torch.inference_mode()
+def test_simulated_hang(simulated):
+    """Block 0 never arrives at (4): the kernel says so, and ends."""
+    fused = simulated(random_half(SMALL, "cpu"), 3, cluster=2, extra={"MUTANT": 11})
+    fused.start(7, 100)
+    with pytest.raises(RuntimeError, match=r"sync \(4\), where 1 blocks .* layer 0"):
+        fused.launch(0, SMALL.n_layer, lm_head=True)
 
 
 # ---------------------------------------------------------------------------------------------------- records

@@ -1,0 +1,280 @@
+// fused_block.cu on a CPU, for test_block.py and for whoever has no GPU: the kernel's own source, compiled as
+// C++, with a fiber for each of its threads. KERNEL is that source without its chapters 9 and 10, and without
+// the functions of chapter 5 that are PTX: those are here, as what they do.
+//
+// The kernel may depend on no order but that of its syncs, so all else comes in a random one: warps take
+// turns in any order, and some dawdle; copies, pushes and additions to x arrive late, in any order; where a
+// copy will land, as in all shared memory at first, there is NaN. The same seed gives the same order. What
+// this does not show: time, and threads that see the same stores in different orders.
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <utility>
+#include <vector>
+
+// ---- CUDA's words ----------------------------------------------------------------------------------------
+
+#define __device__
+#define __host__
+#define __global__
+#define __noinline__
+#define __grid_constant__
+#define __launch_bounds__(...)
+typedef _Float16 half;
+struct half2 { half x, y; };
+struct float2 { float x, y; };
+struct longlong2 { long long x, y; };
+struct uint4 { uint32_t x, y, z, w; };
+struct Index { int x; };
+
+template <class To, class From> To bits(From from) {
+  To to;
+  static_assert(sizeof to == sizeof from);
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+float2 make_float2(float x, float y) { return {x, y}; }
+float2 __half22float2(half2 h) { return {(float)h.x, (float)h.y}; }
+float __half2float(half h) { return (float)h; }
+half __float2half_rn(float f) { return (half)f; }
+uint32_t __float_as_uint(float f) { return bits<uint32_t>(f); }
+float __int_as_float(int i) { return bits<float>(i); }
+long long __float2ll_rn(float f) { return llrintf(f); }
+float __ll2float_rn(long long i) { return (float)i; }
+float rsqrtf(float f) { return 1 / sqrtf(f); }
+using std::max;
+using std::min;
+
+// ---- Fibers: one runs until it has to wait, then the scheduler goes on with another ----------------------
+
+struct Barrier { int arrived = 0, phase = 0; };
+
+struct Warp { Barrier barrier; uint64_t lanes[32]; bool dawdles = false, ended = false; };
+
+struct Block {
+  std::unique_ptr<uint8_t[]> memory;
+  uint8_t* shared;
+  Barrier named[16];
+  std::vector<Warp> warps;
+};
+
+struct Fiber {
+  Index thread, block;
+  std::unique_ptr<char[]> stack;
+  ucontext_t begin;
+  jmp_buf at;
+  bool begun = false, ended = false;
+};
+
+struct Late { int block; bool is_addition; std::function<void()> arrive; };  // what is on its way, and whose
+
+constexpr int SHARED = SHARED_BYTES, STACK = 1 << 16;  // bytes
+std::vector<Block> blocks;
+std::vector<Barrier> clusters;
+std::vector<Fiber> fibers;
+std::vector<Late> late;
+std::mt19937 rng;
+Fiber* fiber;
+jmp_buf scheduler;
+bool trapped;
+int idle;  // turns in which nothing has happened
+Index gridDim;
+#define threadIdx (fiber->thread)
+#define blockIdx (fiber->block)
+
+void yield() {
+  if (!_setjmp(fiber->at)) _longjmp(scheduler, 1);
+}
+void meet(Barrier& b, int threads) {
+  const int phase = b.phase;
+  if (++b.arrived == threads) b.arrived = idle = 0, b.phase++;
+  else while (b.phase == phase) yield();
+}
+bool chance(int of) { return rng() % of == 0; }
+
+Block& block() { return blocks[blockIdx.x]; }
+Warp& warp() { return block().warps[threadIdx.x / 32]; }
+void __syncwarp() { meet(warp().barrier, 32); }
+template <class T> T exchange(T v, int lane) {
+  memcpy(&warp().lanes[threadIdx.x % 32], &v, sizeof v);
+  __syncwarp();
+  memcpy(&v, &warp().lanes[lane], sizeof v);
+  __syncwarp();
+  return v;
+}
+template <class T> T __shfl_xor_sync(unsigned, T v, int bit) { return exchange(v, threadIdx.x % 32 ^ bit); }
+template <class T> T __shfl_sync(unsigned, T v, int lane, int width) {
+  return exchange(v, threadIdx.x % 32 / width * width + lane);
+}
+
+template <class T> T atomicExch(T* p, T v) { return std::exchange(*p, v); }
+unsigned atomicAdd(unsigned* p, unsigned v) { return std::exchange(*p, *p + v); }
+template <class T> void atomicMax(T* p, T v) { *p = max(*p, v); }
+int atomicCAS_system(int* p, int old, int v) { return *p == old ? std::exchange(*p, v) : *p; }
+void __threadfence() {}
+void __threadfence_system() {}
+void __nanosleep(int) { yield(); }
+void __trap() { trapped = true, _longjmp(scheduler, 1); }
+long long clock64() { return idle / 1000 * 7'000'000'000; }  // past PATIENCE once nothing happens any more
+
+// ---- What the toolbox's instructions do ------------------------------------------------------------------
+
+uint32_t address(int block, const void* own) {  // of the same place in the shared memory of `block`
+  const long place = (const uint8_t*)own - ::block().shared;
+  if (place < 0 || place >= SHARED) __trap();
+  return block << 18 | place;
+}
+uint8_t* at(uint32_t address) { return blocks[address >> 18].shared + address % (1 << 18); }
+
+uint32_t __cvta_generic_to_shared(const void* p) { return address(blockIdx.x, p); }
+int thread_again() { return threadIdx.x; }
+uint32_t peer(const void* own, int rank) { return address(blockIdx.x / CLUSTER * CLUSTER + rank, own); }
+
+struct Mbarrier { int bytes : 31; unsigned phase : 1; uint16_t arrivals, missing; };
+static_assert(sizeof(Mbarrier) == sizeof(uint64_t));
+
+void count(void* barrier, int bytes, int arrivals) {
+  Mbarrier& b = *(Mbarrier*)barrier;
+  if (b.missing < arrivals) __trap();
+  idle = 0;
+  b.bytes += bytes;
+  b.missing -= arrivals;
+  if (b.missing == 0 && b.bytes == 0) b.phase ^= 1, b.missing = b.arrivals;
+}
+void barrier_init(uint64_t* b, int n) { *(Mbarrier*)b = {0, 0, (uint16_t)n, (uint16_t)n}; }
+void barrier_arrive(uint64_t* b) { count(b, 0, 1); }
+void barrier_expect(uint64_t* b, uint32_t bytes) { count(b, bytes, 1); }
+bool barrier_passed(uint64_t* b, uint32_t parity) {
+  if (((Mbarrier*)b)->phase == parity) yield();
+  return ((Mbarrier*)b)->phase != parity;
+}
+void barriers_exist() {}
+void cluster_sync() { meet(clusters[blockIdx.x / CLUSTER], CLUSTER * 32 * block().warps.size()); }
+
+void send(std::function<void()> arrive, bool is_addition = false) {
+  late.push_back({blockIdx.x, is_addition, arrive});
+}
+void push(uint32_t to, float v, uint32_t barrier) {
+  send([=] { memcpy(at(to), &v, 4); count(at(barrier), -4, 0); });
+}
+void push4(uint32_t to, const float* v, uint32_t barrier) {
+  if (to % 16) __trap();
+  for (int i = 0; i < 4; i++) push(to + 4 * i, v[i], barrier);
+}
+uint64_t read_once_policy() { return 0; }
+void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint64_t) {
+  if ((address(blockIdx.x, to) | (uintptr_t)from | bytes) % 16) __trap();
+  memset(to, 0xff, bytes);
+  send([=] { memcpy(to, from, bytes); count(full, -(int)bytes, 0); });
+}
+
+longlong2 load_relaxed(const long long* p) { yield(); return {p[0], p[1]}; }
+void add_relaxed(long long* p, long long v) { send([=] { *p += v; }, true); }
+void arrive_release(unsigned* counter) {  // after all additions that its block has made so far
+  for (Late& l : late)
+    if (l.is_addition && l.block == blockIdx.x) std::exchange(l.arrive, [] {})();
+  ++*counter, idle = 0;
+}
+unsigned load_acquire(const unsigned* counter) { yield(); return *counter; }
+uint4 load16(const half* p) { return *(const uint4*)p; }
+void named_barrier(int id, int threads) { meet(block().named[id], threads); }
+unsigned long long global_ns() { return 0; }
+
+// ---- The kernel, and its launch --------------------------------------------------------------------------
+
+#define SHARED_MEMORY block().shared
+#include KERNEL
+
+Model model;
+int first, last, head;  // the launch's other arguments
+
+void run_thread() {
+  fused_block(model, first, last, head);
+  fiber->ended = true;
+  _longjmp(scheduler, 1);
+}
+
+void run_lane(Fiber* lane) {  // until it waits
+  fiber = lane;
+  if (lane->ended || trapped || _setjmp(scheduler)) return;
+  if (lane->begun) _longjmp(lane->at, 1);
+  lane->begun = true;
+  setcontext(&lane->begin);
+}
+
+// Runs a warp's lanes, sometimes only a few of them. Returns whether all have ended.
+bool run_warp(Fiber* lanes) {
+  const int n = chance(8) ? rng() % 32 : 32, first = rng();
+  for (int i = 0; i < n; i++) run_lane(lanes + (first + i) % 32u);
+  return std::all_of(lanes, lanes + 32, [](const Fiber& f) { return f.ended; });
+}
+
+void arrive_some() {
+  for (int n = late.empty() || chance(3) ? 0 : 1 + rng() % late.size(); n > 0; n--) {
+    std::swap(late[rng() % late.size()], late.back());
+    const Late l = std::move(late.back());
+    late.pop_back();
+    l.arrive();
+    idle = 0;
+  }
+}
+
+// Like fused_launch, in the order that `seed` gives. Returns whether the launch ended by itself, with no push
+// still on its way to a block that is gone.
+extern "C" __attribute__((visibility("default"))) int simulate(const void* const* pointers, int n_clusters,
+    int first_layer, int last_layer, int lm_head, unsigned seed) {
+  const int n_blocks = n_clusters * CLUSTER, warps = WORKERS / 32 + 1;
+  memcpy(&model, pointers, sizeof model);
+  first = first_layer, last = last_layer, head = lm_head;
+  gridDim.x = n_blocks;
+  rng.seed(seed);
+  trapped = false, idle = 0;
+  late.clear();
+  clusters.assign(n_clusters, {});
+  blocks.clear();
+  blocks.resize(n_blocks);
+  for (Block& b : blocks) {
+    b.memory = std::make_unique<uint8_t[]>(SHARED + 128);
+    b.shared = b.memory.get() + 128 - (uintptr_t)b.memory.get() % 128;
+    memset(b.shared, 0xff, SHARED);
+    b.warps.resize(warps);
+  }
+  fibers.clear();
+  fibers.resize(n_blocks * warps * 32);
+  for (size_t i = 0; i < fibers.size(); i++) {
+    Fiber& f = fibers[i];
+    f.thread.x = i % (warps * 32), f.block.x = i / (warps * 32);
+    f.stack.reset(new char[STACK]);
+    getcontext(&f.begin);
+    f.begin.uc_stack.ss_sp = f.stack.get(), f.begin.uc_stack.ss_size = STACK;
+    makecontext(&f.begin, run_thread, 0);
+  }
+
+  std::vector<int> order(n_blocks * warps);
+  std::iota(order.begin(), order.end(), 0);
+  size_t ended = 0;
+  for (int turn = 0; ended < order.size() && !trapped && idle++ < 5000; turn++) {
+    if (turn % 16 == 0) std::shuffle(order.begin(), order.end(), rng);
+    for (int w : order) {
+      Warp& warp = blocks[w / warps].warps[w % warps];
+      if (turn % 64 == 0) warp.dawdles = chance(4);
+      if (trapped || warp.ended || (warp.dawdles && !chance(20))) continue;
+      warp.ended = run_warp(&fibers[w * 32]);
+      ended += warp.ended;
+    }
+    arrive_some();
+  }
+  bool lost = false;
+  for (Late& l : late)
+    if (l.is_addition) l.arrive();
+    else lost = true;
+  return ended == order.size() && !lost;
+}
