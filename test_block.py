@@ -598,8 +598,12 @@ def command(*argv, **env):
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_hub_refusals(tmp_path):
-    """The command itself against a Hub that lacks the revision, lacks the model, or is not there at all."""
+@pytest.fixture(scope="session", autouse=True)
+def hub_runs(request, tmp_path_factory):
+    """{case: (words, process)} of test_hub_refusals; begun before all tests, as one takes half a minute."""
+    if "test_hub_refusals" not in [item.name for item in request.session.items]:
+        yield
+        return
     hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), MissingOnHub)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     here, model = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"}, "EleutherAI/pythia-70m"
@@ -609,11 +613,16 @@ def test_hub_refusals(tmp_path):
         "offline": ([model], {"HF_HUB_OFFLINE": "1"}, ["pythia-70m", "network"]),
         "no network": ([model], {"HF_ENDPOINT": "http://127.0.0.1:9"}, ["pythia-70m", "network"]),
     }
-    running = {case: command("--model", *argv, HF_HOME=str(tmp_path), **env)
-               for case, (argv, env, _) in cases.items()}
-    for case, process in running.items():
-        report_refusal(case, cases[case][2], process.communicate(timeout=120)[1], process.returncode)
+    home = str(tmp_path_factory.mktemp("home"))
+    yield {case: (words, command("--model", *argv, HF_HOME=home, **env))
+           for case, (argv, env, words) in cases.items()}
     hub.shutdown()
+
+
+def test_hub_refusals(hub_runs):
+    """The command itself against a Hub that lacks the revision, lacks the model, or is not there at all."""
+    for case, (words, process) in hub_runs.items():
+        report_refusal(case, words, process.communicate(timeout=120)[1], process.returncode)
 
 
 # ------------------------------------------------------------------------------------------- the command line
