@@ -128,7 +128,7 @@
 //  (d)  block    q, and k and v in fp16; that      all warps; pushes of the   attention with half-rotated q
 //                S3 has read (1)'s inbox           next head
 //  (e)  block    m, l, o of a warp's tokens        one thread a dimension     a merge with the head before
-//  (f)  block    that S6 has read (2)'s inbox      pushes of the next head    nothing: (1) implies it
+//  (f)  block    that S6 has read (2)'s inbox      pushes of the next head    nothing changes: see below
 //  (g)  block    that all it has to add is sent    the thread that arrives    (4) counts a block not yet done
 //  (h)  block    that (4) has been passed          all threads                the others run ahead of (4)
 //
@@ -150,9 +150,11 @@
 // Between two heads it is (f), after the last (g). So no mbarrier completes a phase before all threads of its
 // block have seen the one before, and one bit, the parity, tells which phase it is in.
 //
-// Without any one of the syncs but (f) the result changes: python test_block.py -k simulated_syncs, on a CPU.
-// (f) is more than is needed: a team that reads (2)'s inbox in S6 has rows of the next q, k, v to send, and
-// does so afterwards. It runs only where a cluster has several heads, which no size has on an H200.
+// Without any one of the syncs but (f) the result changes, or the launch does not end (python test_block.py
+// -k simulated_syncs, on a CPU). (f) is more than is needed. A team that uses (2)'s inbox in S6, for its
+// output rows, has rows of the next q, k, v too, and sends them afterwards; the others use nothing of what
+// they read. And the next phase of (2) waits for this block's own m, l, o, which come after (d). (f) runs
+// only where a cluster has several heads, which no size has on an H200 with its default cluster.
 //
 // A block may leave while its own pushes fly: they come from registers. None leaves while pushes fly towards
 // it: it waits for every byte of (1), (2) and (3).
