@@ -79,7 +79,7 @@ struct Fiber {
 
 struct Late { int block; bool is_addition; std::function<void()> arrive; };  // on its way, from `block`
 
-constexpr int SHARED = SHARED_BYTES, STACK = 1 << 15;  // bytes
+constexpr int SHARED = SHARED_BYTES, STACK = 1 << 16;  // bytes
 std::vector<Block> blocks;
 std::vector<Barrier> clusters;
 std::vector<Fiber> fibers;
