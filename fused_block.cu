@@ -1267,7 +1267,7 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
   return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
 }
 
-// For tests and --explain, on machines without a GPU: the division of work, and the derived sizes.
+// For tests on machines without a GPU: the division of work, and the derived sizes.
 extern "C" void fused_plan(int block, int blocks, int position, Plan* plan) {
   *plan = make_plan(block, blocks, position);
 }
