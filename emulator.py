@@ -77,19 +77,19 @@ def make_plan(k, block, blocks, position):
     """The share of one of `blocks` thread blocks, for a token that has `position` tokens before it."""
     rank, cluster, clusters = block % k.K, block // k.K, blocks // k.K
     heads, busy = k.NH // clusters, k.NH % clusters * k.K
-    unit_bytes, scale = 4 * k.C, 256
+    unit_bytes, grains = 4 * k.C, 256                                       # a unit is shared out in grains
     head_bytes = (8 * k.HS * k.C + 2 * k.KV_WEIGHT * k.HS * position) // k.K + k.ATTENTION_BYTES
-    head_cost = scale * head_bytes // unit_bytes
-    fair = (scale * k.F + head_cost * k.NH * k.K) // blocks
-    room = fair - (heads + 1) * head_cost
-    of_busy = room if busy and room > 0 else 0
-    of_rest = (scale * k.F - of_busy * busy) // (blocks - busy)
-    everything = of_busy * busy + of_rest * (blocks - busy)
-    before = of_busy * block if block < busy else of_busy * busy + of_rest * (block - busy)
-    first_unit = k.F * before // everything
-    last_unit = k.F * (before + (of_busy if block < busy else of_rest)) // everything
-    parts = 2 * (heads + (block < busy)) + 1
-    filler = ceil_div(ceil_div(last_unit - first_unit, parts), k.TILE_ROWS) * k.TILE_ROWS
+    head_grains = grains * head_bytes // unit_bytes
+    fair_grains = (grains * k.F + head_grains * k.NH * k.K) // blocks
+    room_grains = fair_grains - (heads + 1) * head_grains
+    busy_grains = max(room_grains, 0)
+    rest_grains = (grains * k.F - busy_grains * busy) // (blocks - busy)
+    all_grains = busy_grains * busy + rest_grains * (blocks - busy)
+    first_grain = busy_grains * min(block, busy) + rest_grains * max(block - busy, 0)
+    first_unit = k.F * first_grain // all_grains
+    last_unit = k.F * (first_grain + (busy_grains if block < busy else rest_grains)) // all_grains
+    shares = 2 * (heads + (block < busy)) + 1
+    filler = ceil_div(ceil_div(last_unit - first_unit, shares), k.TILE_ROWS) * k.TILE_ROWS
     tokens = ceil_div(position, k.K)
     first_token, last_token = min(tokens * rank, position), min(tokens * (rank + 1), position)
     return Plan(rank, cluster, clusters, first_unit, last_unit, filler, first_token, last_token,
