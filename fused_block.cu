@@ -126,11 +126,10 @@
 //  (d)  block    rotated q, k and v in fp16; that  all warps; pushes of the   attention with half-rotated q
 //                S3 has read (1)'s inbox           next head
 //  (e)  block    m, l, o of a warp's tokens        one thread a dimension     a merge with the head before
-//  (f)  block    that S6 has read (2)'s inbox      pushes of the next head    nothing: (1) implies it
-//  (g)  block    that all it has to add is sent    the thread that arrives    (4) counts a block not yet done
-//  (h)  block    that (4) has been passed          all threads                the others run ahead of (4)
+//  (f)  block    that all it has to add is sent    the thread that arrives    (4) counts a block not yet done
+//  (g)  block    that (4) has been passed          all threads                the others run ahead of (4)
 //
-// What they are made of: (0) is the cluster's barrier instruction, (4) a counter in global memory, (a) to (h)
+// What they are made of: (0) is the cluster's barrier instruction, (4) a counter in global memory, (a) to (g)
 // barriers of a block's workers or of a team. (1) (2) (3) (F) (E) are mbarriers: words in shared memory that
 // count arrivals and, but for (E), bytes, so that the data itself releases whoever waits. A phase is a round
 // of an mbarrier: it completes when all that it counts has come, and the next begins. The end of a launch is
@@ -143,15 +142,14 @@
 //
 //     inbox of        is read   so after    the owner sends            without which a peer cannot pass
 //     (1) q, k, v     in S3     (d)         m, l, o of this head       (2), before it pushes the next q, k, v
-//     (2) m, l, o     in S6     (f) or (g)  q, k, v of the next head   (1), before it pushes the next m, l, o
-//     (3) sums of y   in S9     (g)         its arrival                (4), before it pushes the next sums
+//     (2) m, l, o     in S6     S6, or (f)  q, k, v of the next head   (1), before it pushes the next m, l, o
+//     (3) sums of y   in S9     (f)         its arrival                (4), before it pushes the next sums
 //
-// (After the last head (g) stands for (f). Between two heads (f) could go: a team that reads (2)'s inbox in
-// S6 has rows of the next q, k, v, three times as many, and sends them afterwards; no peer passes (1) without
-// them.) So no barrier completes a phase before all threads of its block have seen the one before, and one
-// bit, the parity, tells a waiting thread which phase it is in.
+// (Of (2): a team that reads the inbox in S6 has rows of the next q, k, v as well, three times as many, and
+// sends them afterwards.) So no barrier completes a phase before all threads of its block have seen the one
+// before, and one bit, the parity, tells a waiting thread which phase it is in.
 //
-// Without any other of these syncs the result changes: python test_block.py -k simulated_syncs, on a CPU.
+// Without any one of these syncs the result changes: python test_block.py -k simulated_syncs, on a CPU.
 //
 // A block may leave while its own pushes fly: they come from registers. None leaves while pushes fly towards
 // it: it waits for every byte of (1), (2) and (3).
@@ -280,10 +278,10 @@ struct Plan {
 struct alignas(128) Shared {                        // bytes      what; writer -> reader; until
   half ring[STAGES][STAGE_ROWS * C];                // 10 x 20480 rows, or k and v; producer -> workers; (E)
   alignas(16) half bias[STAGES][BIAS_HALFS];        // 10 x 32    of a tile, in the place of its first stage
-  alignas(16) float sums[K * TEAMS][OWN];           // 10240      (3) inbox, from all teams; S9 -> S9; (g)
+  alignas(16) float sums[K * TEAMS][OWN];           // 10240      (3) inbox, from all teams; S9 -> S9; (f)
   alignas(16) float x[C];                           // 10240      (a) S0 -> S0; next layer
   float qkv[3 * HS];                                // 960        (1) inbox; S2 -> S3; (d)
-  float slice_o[K][OUT_ROWS], slice_ml[K][2];       // 336        (2) inbox, by rank; S5 -> S6; (f)
+  float slice_o[K][OUT_ROWS], slice_ml[K][2];       // 336        (2) inbox, by rank; S5 -> S6; next (1)
   alignas(16) float q[HS];                          // 320        (d) times the softmax scale; S3 -> S5; (e)
   alignas(16) half k_new[HS], v_new[HS];            // 320        (d) as the cache has them; S3 -> S5; (e)
   float part_o[WARPS][HS], part_m[WARPS],
@@ -1014,7 +1012,7 @@ struct Worker {  // one thread's view
   // (4) One counter, one arrival a block, one thread a block that polls. The counter only ever grows, so
   // there is nothing to reset and no phase to mix up; the difference is right even where 32 bits wrap round.
   __device__ void grid_barrier(unsigned target) const {
-    workers_sync();  // (g)
+    workers_sync();  // (f)
     if (tid == 0) {
       unsigned* counter = &m.state->counter;
       if (MUTANT != 11 || blockIdx.x != 0) arrive_release(counter);  // (4)
@@ -1022,7 +1020,7 @@ struct Worker {  // one thread's view
       for (unsigned seen; MUTANT != 8 && (int)((seen = load_acquire(counter)) - target) < 0;)  // (4)
         if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_GRID, s.layer, target - seen);
     }
-    workers_sync();  // (h)
+    workers_sync();  // (g)
   }
 
   // S10 LM HEAD
@@ -1049,7 +1047,7 @@ struct Worker {  // one thread's view
 
   // Whichever block ends last makes State ready for the next launch: by then all have read it. Nobody waits.
   __device__ void finish_launch(State& state, int position, int layers, int lm_head) const {
-    workers_sync();  // (g), for `finished`
+    workers_sync();  // (f), for `finished`
     if (tid == 0) {
       __threadfence();
       if (atomicAdd(&state.finished, 1) == gridDim.x - 1) {
@@ -1159,7 +1157,6 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 
     int unit = plan.first_unit;
     for (int h = plan.cluster; h < NH; h += plan.clusters) {
-      if (h != plan.cluster) workers_sync();                            // (f)
       if (w.tid == 0) barrier_expect(&s.slice_ready, sizeof(s.slice_o) + sizeof(s.slice_ml));  // (2)
       w.qkv_rows(xn1, h);                                               // S2
       MARK(MARK_QKV);

@@ -1947,13 +1947,13 @@ def test_simulated_mutants(simulated, mutant):
     report_mutant(f"{mutant} on a CPU", mutant, model, broken, simulated(model, 3, cluster=2), (300,))
 
 
-WAITS = {  # of the kernel's syncs. Not (f), which only says what (1) implies: see the kernel's chapter 2
-    **{f"({sync})": rf"\w+_sync\(\w*\)(?=;\s+// \({sync}\)\n)" for sync in "0abcdegh"},
+WAITS = {  # of the kernel's syncs
+    **{f"({sync})": rf"\w+_sync\(\w*\)(?=;\s+// \({sync}\)\n)" for sync in "0abcdefg"},
     **{f"({sync})": rf"wait\([^;]*SYNC_{name}\)" for sync, name in zip(
         "123FE", ("QKV", "SLICE", "SUMS", "FULL", "EMPTY"), strict=True)},
     "(4)": r"\(int\)\(\(seen = [^;]* < 0(?=;\))",
     "(E), of a warp's lanes": r"__syncwarp\(\)(?=;\s+// \(E\))",
-    "(g), at the end": r"\w+_sync\(\)(?=;\s+// \(g\), for)"}
+    "(f), at the end": r"\w+_sync\(\)(?=;\s+// \(f\), for)"}
 
 
 def test_simulated_syncs(simulated):
