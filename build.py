@@ -65,7 +65,9 @@ def constants(config, arch="sm_90a", cluster=None, threads=256, rows=None, atten
     for what, value, fits in (("hidden size", c.hidden, c.hidden <= 5120 and (team == 16 or team % 32 == 0)),
                               ("head size", c.head_size, c.head_size % 16 == 0 and c.head_size <= 256),
                               ("rotary dimensions", c.rotary_dims, c.rotary_dims % 2 == 0),
-                              ("MLP width", c.mlp, c.mlp % 8 == 0), ("vocabulary", c.vocab, c.vocab < 2**31),
+                              ("MLP width", c.mlp, c.mlp % 8 == 0 and c.mlp <= 2**16),
+                              ("vocabulary", c.vocab, c.vocab <= 2**23),
+                              ("context", c.context, c.context <= 2**13),
                               ("layers", c.n_layer, c.n_layer <= 40)):
         if not fits:
             raise Refused(f"the fused kernel has no code for {what} {value}: run without fused")

@@ -77,17 +77,16 @@ def make_plan(k, block, blocks, position):
     """The share of one of `blocks` thread blocks, for a token that has `position` tokens before it."""
     rank, cluster, clusters = block % k.K, block // k.K, blocks // k.K
     heads, busy = k.NH // clusters, k.NH % clusters * k.K
-    unit_bytes, grains = 4 * k.C, 256                                       # a unit is shared out in grains
     head_bytes = (8 * k.HS * k.C + 2 * k.KV_WEIGHT * k.HS * position) // k.K + k.ATTENTION_BYTES
-    head_grains = grains * head_bytes // unit_bytes
-    fair_grains = (grains * k.F + head_grains * k.NH * k.K) // blocks
-    room_grains = fair_grains - (heads + 1) * head_grains
-    busy_grains = max(room_grains, 0)
-    rest_grains = (grains * k.F - busy_grains * busy) // (blocks - busy)
-    all_grains = busy_grains * busy + rest_grains * (blocks - busy)
-    first_grain = busy_grains * min(block, busy) + rest_grains * max(block - busy, 0)
-    first_unit = k.F * first_grain // all_grains
-    last_unit = k.F * (first_grain + (busy_grains if block < busy else rest_grains)) // all_grains
+    head_grains = 64 * head_bytes // k.C
+    fair_grains = (256 * k.F + head_grains * k.NH * k.K) // blocks
+    busy_grains = max(0, fair_grains - (heads + 1) * head_grains)
+    rest_grains = (256 * k.F - busy_grains * busy) // (blocks - busy)
+    first_grain = busy_grains * min(block, busy) + rest_grains * max(0, block - busy)
+    first_unit = first_grain // 256
+    last_unit = (first_grain + (busy_grains if block < busy else rest_grains)) // 256
+    if block == blocks - 1:
+        last_unit = k.F
     shares = 2 * (heads + (block < busy)) + 1
     filler = ceil_div(ceil_div(last_unit - first_unit, shares), k.TILE_ROWS) * k.TILE_ROWS
     tokens = ceil_div(position, k.K)

@@ -536,32 +536,31 @@ __device__ float from_fixed(long long q) {
 // A cached token counts KV_WEIGHT / 2 times, because softmax makes it slower to use than to read.
 // The shares are fixed before the launch, so that the same sums are added in the same order every time.
 constexpr int KV_WEIGHT = 3;
+static_assert(64ll * (8ll * HS * C + 2ll * KV_WEIGHT * HS * CTX + ATTENTION_BYTES) < 1ll << 31,
+              "make_plan counts in 32 bits");
 
 __host__ __device__ Plan make_plan(int block, int blocks, int position) {
   Plan p;
   p.rank = block % K; p.cluster = block / K; p.clusters = blocks / K;
   const int heads = NH / p.clusters, busy = NH % p.clusters * K;  // the first `busy` blocks have one more
-  // Units are shared out in grains, 256 a unit; in `long long`, since 256 * F * F is too large for an int.
-  const long long unit_bytes = 4 * C, grains = 256;
-  const long long head_bytes = (8ll * HS * C + 2ll * KV_WEIGHT * HS * position) / K + ATTENTION_BYTES;
-  const long long head_grains = grains * head_bytes / unit_bytes;
-  const long long fair_grains = (grains * F + head_grains * NH * K) / blocks;
-  const long long room_grains = fair_grains - (heads + 1) * head_grains;  // for the units of a busy block
-  const long long busy_grains = room_grains > 0 ? room_grains : 0;
-  const long long rest_grains = (grains * F - busy_grains * busy) / (blocks - busy);
-  const long long all_grains = busy_grains * busy + rest_grains * (blocks - busy);
-  const long long first_grain =
+  // Units are shared out in grains of C / 64 bytes, 256 a unit; in ints, as 64-bit divisions take a GPU long.
+  const int head_bytes = (8 * HS * C + 2 * KV_WEIGHT * HS * position) / K + ATTENTION_BYTES;
+  const int head_grains = 64 * head_bytes / C, fair_grains = (256 * F + head_grains * NH * K) / blocks;
+  const int room_grains = fair_grains - (heads + 1) * head_grains;  // for the units of a busy block
+  const int busy_grains = room_grains > 0 ? room_grains : 0;
+  const int rest_grains = (256 * F - busy_grains * busy) / (blocks - busy);
+  const int first_grain =
       block < busy ? busy_grains * block : busy_grains * busy + rest_grains * (block - busy);
-  p.first_unit = F * first_grain / all_grains;
-  p.last_unit = F * (first_grain + (block < busy ? busy_grains : rest_grains)) / all_grains;
+  p.first_unit = first_grain / 256;
+  p.last_unit = block == blocks - 1 ? F : (first_grain + (block < busy ? busy_grains : rest_grains)) / 256;
   // In equal shares of whole tiles: two a head, for (1) and (2), and what is left at the end.
   const int shares = 2 * (heads + (block < busy)) + 1;
   p.filler = ceil_div(ceil_div(p.last_unit - p.first_unit, shares), TILE_ROWS) * TILE_ROWS;
   const int tokens = ceil_div(position, K);
   p.first_token = tokens * p.rank < position ? tokens * p.rank : position;
   p.last_token = p.first_token + tokens < position ? p.first_token + tokens : position;
-  p.first_row = (long long)V * block / blocks;
-  p.last_row = (long long)V * (block + 1) / blocks;
+  p.first_row = V * block / blocks;
+  p.last_row = V * (block + 1) / blocks;
   return p;
 }
 
