@@ -3,8 +3,8 @@
 // ----------------------------------------------------------------------------------------------------------
 // 0. What it does, what it costs, how to read it
 //
-// A launch takes one token through a range of transformer blocks: through one in the tests, through all, with
-// embedding, LM head and argmax around them, in generate.py --fused. In PyTorch:
+// A launch takes one token through a range of transformer blocks; in generate.py --fused through all, with
+// embedding, LM head and argmax around them. In PyTorch:
 //
 //     x = embed_in[token]                                                              #      [C]
 //     for block in blocks:
@@ -29,15 +29,14 @@
 //     L layers, and V*C*2 bytes of the LM head    5.291 GB / 4.58 TB/s = 1155   us a token
 //     keys and values of T tokens: 4*C*T bytes     1.31 MB / 4.58 TB/s =    0.3 us a layer at T = 128
 //
-// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (the probe in bench.py measured 4.55
-// and 4.65 on two of them); the even share of one of its 132 multiprocessors is 34.7 KB a us. With 128 tokens
-// cached this floor is 1165 us; README.md has what a token takes. The aim of all that follows: memory does
-// not wait for arithmetic.
+// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (bench.py measured 4.55 and 4.65 on
+// two of them): 34.7 KB a us for one of its 132 multiprocessors. README.md has what a token takes. The aim of
+// all that follows: memory does not wait for arithmetic.
 //
 // How to read. Chapter 1 is the picture, 2 the syncs, 3 and 4 the sizes and places. Then chapter 8, the
-// kernel, names every stage in order; read the stages in chapter 7 as you meet them. Chapter 5, the
-// instructions, can be taken on trust. emulator.py has the same dataflow in Python; simulator.cpp runs this
-// file on a CPU, one thread after another; README.md has the references.
+// kernel; read the stages in chapter 7 as you meet them, and their inner loops in 6. Chapter 5 can be taken
+// on trust; 9 and 10 launch it. emulator.py has the same dataflow in Python; simulator.cpp runs this file on
+// a CPU; README.md has the references.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -72,7 +71,8 @@
 //
 //   cluster      K blocks that can write into one another's memory. They share the work of a head; head h
 //                belongs to cluster h mod (number of clusters). K is the smallest of 1, 2, 4 with which a
-//                head is no more than a block's even share, or 8, as in 1b, whose heads have 256 dimensions
+//                rank's part of a head is at most a block's even share, else 8 (1b; 70m and smaller):
+//                default_cluster in build.py; model.fuse(cluster=K) takes another
 //   rank         a block in its cluster: 120 of a head's 3*HS rows of q, k, v; 64 of its cached tokens; 40 of
 //                its HS output rows; hidden units of its own; 1280 of the C columns of the cluster's sum
 //   team         320 threads, C/8 (C/16 where C >= 4096), that hold one row between them; where C is small, a
@@ -88,8 +88,9 @@
 //                dot        each multiplies its 8 columns by its 8 of x; the team adds up: (c), once a tile
 //                axpy       each adds a times its 8 columns to its 8 of y, in registers: nobody need meet
 //
-//   producer     one lane of one more warp. It does nothing but start copies: weights do not depend on
-//                activations, so it runs ahead, past syncs and into the next layer, while the ring has room
+//   producer     one lane of one more warp. It does nothing but start copies of weights and cached tokens
+//                into the ring: STAGES slots of shared memory, filled and emptied in turn. Weights do not
+//                depend on activations, so it runs ahead, past syncs and layers, while a slot is empty
 //
 // Registers are a thread's own, shared memory (227 KiB) a block's; global memory, behind the L2 cache, is
 // everybody's, and has the weights, x and the cache.
@@ -97,8 +98,9 @@
 // CUDA's words. A launch runs a `__global__` function once in every thread, which calls `__device__` ones.
 // threadIdx.x is a thread's number in its block, blockIdx.x the block's in the grid, gridDim.x how many there
 // are. A multiprocessor is one of the GPU's cores; here each runs one block. __shfl_xor_sync(~0u, v, w)
-// returns the v of the lane whose number differs in bit w, if all 32 lanes call it; __shfl_sync that of a
-// given lane; at __syncwarp() the lanes meet. half is fp16, uint4 any 16 bytes, fmaf(a, b, c) a * b + c.
+// returns the v of the lane whose number is this lane's xor w, if all 32 lanes call it; __shfl_sync that of a
+// given lane; at __syncwarp() the lanes meet. half is fp16, uint4 any 16 bytes, fmaf(a, b, c) a * b + c. PTX
+// is the GPU's assembly language.
 //
 // Tile and stage. A stage without a number is a slot of the ring; S0 to S10 are the steps of chapter 7. A
 // tile is what one dot_tile finishes, 8 rows of 2.8b: their sums are reduced together, so that the latency of
@@ -123,7 +125,7 @@
 //  (a)  block    x, read once                      all teams                  columns of the layer before
 //  (b)  team     LayerNorm's parts, of warps       its threads                a mean from stale parts
 //  (c)  team     dot products' parts, of warps     its threads                dot products from stale parts
-//  (d)  block    rotated q, k and v in fp16; that  all warps; pushes of the   attention with half-rotated q
+//  (d)  block    q, and k and v in fp16; that      all warps; pushes of the   attention with half-rotated q
 //                S3 has read (1)'s inbox           next head
 //  (e)  block    m, l, o of a warp's tokens        one thread a dimension     a merge with the head before
 //  (f)  block    that all it has to add is sent    the thread that arrives    (4) counts a block not yet done
@@ -136,18 +138,17 @@
 // a sync too: x, the cache's new rows and State reach the next launch through it.
 //
 // Nobody says that an inbox of (1), (2) or (3) is free again, as (E) does for the ring: the later syncs imply
-// it. Between a peer's push into an inbox and its next, it waits for what the inbox's owner sends only after
-// all of its threads have read. (At each of (1), (2), (3) every rank sends to every rank, so whoever has
-// passed one has heard from all.)
+// it. Before a peer pushes into an inbox again, it passes a sync at which it waits for the inbox's owner, who
+// sends there only after all of its threads have read. (At (1), (2) and (3) every rank waits for all.)
 //
-//     inbox of        is read   so after    the owner sends            without which a peer cannot pass
-//     (1) q, k, v     in S3     (d)         m, l, o of this head       (2), before it pushes the next q, k, v
-//     (2) m, l, o     in S6     S6, or (f)  q, k, v of the next head   (1), before it pushes the next m, l, o
-//     (3) sums of y   in S9     (f)         its arrival                (4), before it pushes the next sums
+//     inbox of        read in   all have read at      the owner then sends       the peer waits for it at
+//     (1) q, k, v     S3        (d)                   m, l, o of this head       (2)
+//     (2) m, l, o     S6        S2's rows, or (f)     q, k, v of the next head   (1)
+//     (3) sums of y   S9        (f)                   its arrival                (4)
 //
-// (Of (2): a team that reads the inbox in S6 has rows of the next q, k, v as well, three times as many, and
-// sends them afterwards.) So no barrier completes a phase before all threads of its block have seen the one
-// before, and one bit, the parity, tells a waiting thread which phase it is in.
+// (S2's rows: a team that reads (2)'s inbox has rows of the next head's q, k, v, and sends them afterwards.) So
+// no mbarrier completes a phase before all threads of its block have seen the one before, and one bit, the
+// parity, tells which phase it is in.
 //
 // Without any one of these syncs the result changes: python test_block.py -k simulated_syncs, on a CPU.
 //
@@ -174,18 +175,18 @@ __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / 
 constexpr int PIECES = C < 4096 ? 1 : 2;        // pieces of a row that one thread owns [1]
 constexpr int COLS = 8 * PIECES;                // columns that one thread owns [8]
 constexpr int TEAM = C / COLS;                  // threads that hold one row [320]
-constexpr int TEAMS = ceil_div(THREADS, TEAM);  // teams in a block [1]
+constexpr int TEAMS = ceil_div(THREADS, TEAM);  // teams in a block [1]: enough for THREADS [256] or more
 constexpr int WORKERS = TEAM * TEAMS;           // threads that compute [320]; the producer's warp is extra
 constexpr int WARPS = WORKERS / 32;             // of workers [10]
 constexpr int LANES = TEAM < 32 ? TEAM : 32;    // lanes of a warp that belong to the same team [32]
-constexpr int TEAM_WARPS = TEAM / LANES;        // warps of a team [10]; 1 where a team is half a warp
+constexpr int TEAM_WARPS = TEAM / LANES;        // warps of a team [10]; 1 where it is one, or half of one
 
 // Tiles and stages.
 constexpr int TILE_ROWS = R * TEAMS;            // rows in a tile, R for each team [8]
 constexpr int PARTS = R * PIECES < 16 ? 2 : 4;  // stages that a tile comes in, of 20 KB at most [2]
 constexpr int STAGE_ROWS = TILE_ROWS / PARTS;   // [4]
 constexpr int STAGE_BYTES = STAGE_ROWS * C * 2; // [20480]
-constexpr int BIAS_HALFS = ceil_div(TILE_ROWS, 8) * 8 + 8;  // a tile's biases, from a multiple of 8 on [16]
+constexpr int BIAS_HALFS = ceil_div(TILE_ROWS, 8) * 8 + 8;  // biases, copied from a multiple of 8 on [16]
 
 // A rank's share.
 constexpr int QKV_ROWS = 3 * HS / K;            // of the rows of one head's q, k, v [120]
@@ -238,7 +239,8 @@ struct State {  // global memory, kept between launches; the last block to finis
   unsigned long long best;  // largest logit so far, with its token; see S10
 };
 
-struct Failure { int sync, block, layer, seen; };  // host memory: what a launch waited for when it gave up
+// Host memory: the report of a launch that gives up; seen: at (4) how many blocks lack, elsewhere the parity.
+struct Failure { int sync, block, layer, seen; };
 
 struct Model {  // the kernel's one parameter: pointers only, the same for every launch
   Layer layers[L];
@@ -303,9 +305,9 @@ enum SyncId { SYNC_QKV = 1, SYNC_SLICE, SYNC_SUMS, SYNC_GRID, SYNC_FULL, SYNC_EM
 //
 //   -DTAPS       stages write what they compute to Model::taps; y keeps its bits
 //   -DTIMELINE   thread 0 of every block writes the time, in ns, at each MARK of a layer
-//   -DMUTANT=k   one thing is broken, and a test must notice: test_block.py lists 1 to 10, and has 11 in its
-//                test_no_hang, where block 0 never arrives at (4)
-#ifdef TAPS  // offsets into Model::taps
+//   -DMUTANT=k   one thing is broken, and a test must notice: test_block.py lists 1 to 10; 11: block 0 never
+//                arrives at (4)
+#ifdef TAPS  // offsets into Model::taps; a new one needs room in model.py, a name in test_block.py's STAGES
 enum { TAP_XN1 = 0, TAP_XN2 = C, TAP_Q = 2 * C, TAP_K = 3 * C, TAP_V = 4 * C, TAP_O = 5 * C, TAP_H = 6 * C };
 #define TAP(where, value) (m.taps[where] = (value))
 #else
@@ -531,10 +533,9 @@ __device__ float from_fixed(long long q) {
 // ---- The division of work --------------------------------------------------------------------------------
 //
 // Balance by bytes: a head costs each block of its cluster 1/K of its rows and cached tokens, and hidden
-// units fill up what the heads leave. Two costs are more than bytes. ATTENTION_BYTES is what a block could
-// have streamed in the time that the chain of small steps from (1) to (2) takes (measured; build.py sets it).
+// units fill up what the heads leave. Two costs are more than bytes. ATTENTION_BYTES charges a head for its
+// chain of small steps, which move few: 128 KiB in 2.8b, 3.8 us of an even share (tuned; build.py sets it).
 // A cached token counts KV_WEIGHT / 2 times, because softmax makes it slower to use than to read.
-// The shares are fixed before the launch, so that the same sums are added in the same order every time.
 constexpr int KV_WEIGHT = 3;
 static_assert(64ll * (8ll * HS * C + 2ll * KV_WEIGHT * HS * CTX + ATTENTION_BYTES) < 1ll << 31,
               "make_plan counts in 32 bits");
@@ -553,7 +554,7 @@ __host__ __device__ Plan make_plan(int block, int blocks, int position) {
       block < busy ? busy_grains * block : busy_grains * busy + rest_grains * (block - busy);
   p.first_unit = first_grain / 256;
   p.last_unit = block == blocks - 1 ? F : (first_grain + (block < busy ? busy_grains : rest_grains)) / 256;
-  // In equal shares of whole tiles: two a head, for (1) and (2), and what is left at the end.
+  // Shares of whole tiles, rounded up: two a head, at (1) and (2). What is left, often nothing, comes last.
   const int shares = 2 * (heads + (block < busy)) + 1;
   p.filler = ceil_div(ceil_div(p.last_unit - p.first_unit, shares), TILE_ROWS) * TILE_ROWS;
   const int tokens = ceil_div(position, K);
@@ -595,7 +596,8 @@ struct Producer {
   __device__ void copy(void* to, const void* from, uint32_t bytes) {
     bulk_copy(to, from, bytes, &s.full[ring.stage], policy);
   }
-  // A tile's biases come with its first stage, from the multiple of 8 before: a copy starts at 16 bytes.
+  // A tile's biases come with its first stage, from the multiple of 8 before: a copy starts at a multiple of
+  // 16 bytes.
   __device__ void rows(const half* w, const half* bias, int first, int last) {
     for (int row = first; row < last; row += TILE_ROWS) {
       const int n = min(TILE_ROWS, last - row), skip = row % 8;
@@ -615,8 +617,7 @@ struct Producer {
       rows(w.w_down, nullptr, j, min(j + TILE_ROWS, last));
     }
   }
-  // Old tokens only: the copy engine need not see ordinary stores of this launch. S5 has the new token in
-  // k_new and v_new.
+  // Old tokens only: the copy engine may miss what this launch stores. S5 has the new one in k_new and v_new.
   __device__ void tokens(const half* k, const half* v, int first, int last) {
     for (int t = first; t < last; t += KV_TOKENS) {
       const int bytes = min(KV_TOKENS, last - t) * HS * 2;
@@ -676,8 +677,8 @@ struct Worker {  // one thread's view
     ring.next();
   }
 
-  // DOT TILE. The next tile's rows times x, plus bias: of n rows, with biases that start `skip` places into
-  // the tile's. Team t has rows t, t + TEAMS, ...; every lane of it returns the finished row `row`.
+  // DOT TILE. The next tile's n rows times x, plus bias; the biases start `skip` places into what was copied.
+  // Team t has rows t, t + TEAMS, ...; every lane of it returns the finished row `row`.
   // One sync (c) a tile is enough, with two buffers in turn: a warp that writes a buffer for tile i + 2 has
   // passed (c) of tile i + 1, at which every warp arrived after it had read tile i.
   __device__ float dot_tile(const Columns& x, int n, int skip, bool has_bias) {
@@ -707,7 +708,7 @@ struct Worker {  // one thread's view
   }
 
   // AXPY TILE. y += a * row for the next tile's rows; lane l holds a of row `row`, as dot_tile leaves it. A
-  // warp needs nobody else: every thread has all of a row's a, and columns of its own.
+  // warp needs nobody else: every thread gets the a of each row of its team, and has columns of its own.
   __device__ void axpy_tile(float a, int n) {
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
@@ -979,7 +980,7 @@ struct Worker {  // one thread's view
   }
 
   // S9 SUM
-  //   math    x_next = sum over all teams of y
+  //   math    x_next = sum over all teams of y; one of them has x and the output biases in it (carries_x)
   //   owner   every team pushes its y to the ranks that own its columns; rank r adds r*OWN.. to x_next
   //   bytes   4 * C a team, 10 KB to shared memories; 8 * C a cluster, 20 KB to L2     syncs   contains (3)
   //   why     the cluster adds up first (ClusterReduce), as additions to one address queue up in L2; in the
@@ -1056,7 +1057,7 @@ struct Worker {  // one thread's view
         state.arrivals = s.arrivals + (lm_head ? layers : layers - 1) * gridDim.x;
         if (lm_head) {
           const unsigned long long best = atomicExch(&state.best, 0ull);
-          // from -FLT_MAX to FLT_MAX, in the order of S10
+          // In S10's order the bits of a finite logit lie between those of -FLT_MAX and FLT_MAX.
           const bool finite = (uint32_t)(best >> 32) - (1u << 23) < 0xffu << 24;
           state.token = finite ? (int)~(uint32_t)best : -1;
           m.history[position] = state.token;
@@ -1087,11 +1088,11 @@ struct Worker {  // one thread's view
 //  3           S9: pushes y[0..7] to rank 0; (3)                                          0.8  peer's sums
 //  ADDED       S9: adds columns 1280, 1600, 1920, 2240 of the sum to x                    0.4  L2
 //  START       (4): being thread 0, arrives and polls                                     4.7  other blocks
-//  a layer                                                                  1127   32.4  38.1
+//  a layer                                                                  1127   32.5  38.1
 //
-// The bytes of all blocks take 34.9 us at what that GPU reads. Of the wait at (4), 3.3 us pass until the last
-// block has added, and 1.4 until all know. The producer goes on meanwhile, which is why S2 takes less than
-// its share.
+// All blocks together need 34.9 us for their bytes, at the 4.55 TB/s of that GPU. Of the wait at (4), 3.3 us
+// pass until the last block has added, and 1.4 until all know. The producer goes on meanwhile, which is why
+// S2 takes less than its share.
 
 __global__ void __launch_bounds__(WORKERS + 32, 1)
 fused_block(const __grid_constant__ Model m, const int first_layer, const int last_layer, const int lm_head) {
@@ -1126,14 +1127,12 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
   if (first_layer == 0) w.read_embedding(token, x);
   else w.read_residual(m.residual + s.rotation % 3 * C, x);             // S0
 
-  // Layer 0 has x from embed_in, the others from (4). After the last comes the LM head, and whichever block
-  // ends last writes token and position into State, where the next launch finds them.
   for (int layer = first_layer; layer < last_layer; layer++) {
     const int step = layer - first_layer;
     long long* x_next = m.residual + (s.rotation + step + 1) % 3 * C;
     long long* x_clear = m.residual + (s.rotation + step + 2) % 3 * C;  // chapter 4: all have read it
     if (w.tid == 0) s.layer = layer;
-    // The last blocks clear: where heads are fewer than clusters, they have none, and no chain to lengthen.
+    // The last blocks clear: they have no head where heads are fewer than clusters.
     for (int c = (gridDim.x - 1 - blockIdx.x) * WORKERS + w.tid; c < C; c += gridDim.x * WORKERS)
       x_clear[c] = 0;
 
@@ -1266,4 +1265,4 @@ extern "C" void fused_sizes(int* workers, int* stages, int* shared_bytes) {
 // 5. to_fixed, add_relaxed: a float atomicAdd instead. In how many of 1000 launches do all bits agree?
 // 6. dot_tile: leave out `flip ^= 1`, so that all tiles share one half of `dots`. Find the interleaving of
 // two warps that goes wrong, then count how often it does: on a GPU, or in the orders of simulator.cpp (-k
-// simulated_block). MUTANT 8, 9 and 10 drop (4), (1) and (2): the tests see each in all of 200 launches.
+// simulated_block).
