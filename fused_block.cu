@@ -146,8 +146,8 @@
 //     (2) m, l, o     S6        S2's rows, or (f)     q, k, v of the next head   (1)
 //     (3) sums of y   S9        (f)                   its arrival                (4)
 //
-// (S2's rows: a team that reads (2)'s inbox has rows of the next head's q, k, v, and sends them afterwards.) So
-// no mbarrier completes a phase before all threads of its block have seen the one before, and one bit, the
+// (S2's rows: a team that reads (2)'s inbox has rows of the next head's q, k, v, and sends them afterwards.)
+// So no mbarrier completes a phase before all threads of its block have seen the one before, and one bit, the
 // parity, tells which phase it is in.
 //
 // Without any one of these syncs the result changes: python test_block.py -k simulated_syncs, on a CPU.

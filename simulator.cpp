@@ -1,6 +1,7 @@
-// fused_block.cu on a CPU, for test_block.py and for whoever has no GPU: the kernel's own source, compiled as
-// C++, with a fiber for each of its threads. KERNEL is that source without its chapters 9 and 10, and without
-// the functions of chapter 5 that are PTX: those are here, as what they do.
+// fused_block.cu on a CPU, for whoever has no GPU: python test_block.py -k simulated. The kernel's own source
+// is compiled as C++, with a fiber, a thread that only this program switches, for each of its threads. KERNEL
+// is what source_for_cpu in test_block.py leaves of it: not the host side, and not the functions of chapter 5
+// that are PTX; those are here, as what they do.
 //
 // The kernel may depend on no order but that of its syncs, so all else comes in a random one: warps take
 // turns in any order, and some dawdle; copies, pushes and additions to x arrive late, in any order; where a
@@ -74,7 +75,7 @@ struct Fiber {
   bool begun = false, ended = false;
 };
 
-struct Late { int block; bool is_addition; std::function<void()> arrive; };  // what is on its way, and whose
+struct Late { int block; bool is_addition; std::function<void()> arrive; };  // on its way, from `block`
 
 constexpr int SHARED = SHARED_BYTES, STACK = 1 << 16;  // bytes
 std::vector<Block> blocks;
@@ -85,7 +86,7 @@ std::mt19937 rng;
 Fiber* fiber;
 jmp_buf scheduler;
 bool trapped;
-int idle;  // turns in which nothing has happened
+int idle;  // turns in which nothing has happened; clock64 runs by it, and simulate ends by it
 Index gridDim;
 #define threadIdx (fiber->thread)
 #define blockIdx (fiber->block)
@@ -127,7 +128,8 @@ long long clock64() { return idle / 1000 * 7'000'000'000; }  // past PATIENCE on
 
 // ---- What the toolbox's instructions do ------------------------------------------------------------------
 
-uint32_t address(int block, const void* own) {  // of the same place in the shared memory of `block`
+// Of the same place in the shared memory of `block`, which has 256 KiB of addresses.
+uint32_t address(int block, const void* own) {
   const long place = (const uint8_t*)own - ::block().shared;
   if (place < 0 || place >= SHARED) __trap();
   return block << 18 | place;
@@ -190,7 +192,7 @@ unsigned long long global_ns() { return 0; }
 
 // ---- The kernel, and its launch --------------------------------------------------------------------------
 
-#define SHARED_MEMORY block().shared
+#define SHARED_MEMORY block().shared  // stands where the kernel has its extern __shared__
 #include KERNEL
 
 Model model;
@@ -228,7 +230,7 @@ void arrive_some() {
 }
 
 // Like fused_launch, in the order that `seed` gives. Returns whether the launch ended by itself, with no push
-// still on its way to a block that is gone.
+// or copy still on its way to a block that is gone.
 extern "C" __attribute__((visibility("default"))) int simulate(const void* const* pointers, int n_clusters,
     int first_layer, int last_layer, int lm_head, unsigned seed) {
   const int n_blocks = n_clusters * CLUSTER, warps = WORKERS / 32 + 1;
