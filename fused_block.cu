@@ -146,11 +146,13 @@
 //     (2) m, l, o     S6        S2's rows, or (f)     q, k, v of the next head   (1)
 //     (3) sums of y   S9        (f)                   its arrival                (4)
 //
-// (S2's rows: a team that reads (2)'s inbox has rows of the next head's q, k, v, and sends them afterwards.)
-// So no mbarrier completes a phase before all threads of its block have seen the one before, and one bit, the
-// parity, tells which phase it is in.
+// (S2's rows: a team that uses (2)'s inbox, for its output rows, has rows of the next head's q, k, v too, and
+// sends them afterwards; the others use nothing of what they read. And the next phase of (2) waits for this
+// block's own m, l, o, which come after (d).) So no mbarrier completes a phase before all threads of its
+// block have seen the one before, and one bit, the parity, tells which phase it is in.
 //
-// Without any one of these syncs the result changes: python test_block.py -k simulated_syncs, on a CPU.
+// Without any one of these syncs the result changes, or the launch does not end (python test_block.py -k
+// simulated_syncs, on a CPU).
 //
 // A block may leave while its own pushes fly: they come from registers. None leaves while pushes fly towards
 // it: it waits for every byte of (1), (2) and (3).
@@ -199,7 +201,7 @@ constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  
 constexpr int WARP_TOKENS = 32 / TOKEN_LANES;      // [2]
 
 // The ring gets what shared memory has left: these are the bytes of Shared beside it, rounded up.
-constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS + 25 * HS / 4 + (2 * R + 6) * WARPS) + 384;
+constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS + 25 * HS / 4 + (2 * R + 4) * WARPS) + 384;
 constexpr int STAGES_THAT_FIT = (SHARED_BYTES - FIXED_BYTES) / (STAGE_BYTES + 2 * BIAS_HALFS + 16);
 constexpr int STAGES = STAGES_THAT_FIT < 32 ? STAGES_THAT_FIT : 32;  // [10]: 205 KB, 5.9 us of an even share
 
@@ -289,7 +291,7 @@ struct alignas(128) Shared {                        // bytes      what; writer -
   float part_o[WARPS][HS], part_m[WARPS],
       part_l[WARPS];                                // 3280       (e) of a warp's tokens; S5 -> S5; next (d)
   float dots[2][TEAMS][R][TEAM_WARPS];              // 640        (c) two in turn, see dot_tile
-  float stats[2][TEAMS][TEAM_WARPS][2];             // 160        (b) mean, squares; S1 -> S1; next (a)
+  float stats[TEAMS][TEAM_WARPS][2];                // 80         (b) mean, squares; S1 -> S1; next (a)
   float rope_cos[ROT / 2], rope_sin[ROT / 2];       // 80         (0) of this position; the whole launch
   Plan plan;                                        // 40         (0) this block's; the whole launch
   unsigned rotation, arrivals;                      // 8          (0) of State, as the launch found them
@@ -658,7 +660,7 @@ struct Worker {  // one thread's view
   const int team = TEAMS == 1 ? 0 : tid / TEAM, piece = TEAMS == 1 ? tid : tid % TEAM, team_warp = piece / 32;
   const int row = lane % R * TEAMS + team;  // which row of a tile this lane finishes, of the R of its team
   Ring ring;
-  int flip = 0;                             // which half of `dots` and `stats` is next, see dot_tile
+  int flip = 0;                             // which half of `dots` is next, see dot_tile
   uint32_t head_parity = 0, sums_parity = 0;
   Columns y;
 
@@ -779,7 +781,7 @@ struct Worker {  // one thread's view
       n *= 2;
     }
     if (TEAM_WARPS > 1) {
-      float(&part)[TEAM_WARPS][2] = s.stats[flip][team];
+      float(&part)[TEAM_WARPS][2] = s.stats[team];
       if (lane == 0) part[team_warp][0] = mean, part[team_warp][1] = squares;
       team_sync(team);  // (b)
       mean = squares = 0;
@@ -787,7 +789,6 @@ struct Worker {  // one thread's view
       mean /= TEAM_WARPS;
       for (int w = 0; w < TEAM_WARPS; w++)
         squares += part[w][1] + n * (part[w][0] - mean) * (part[w][0] - mean);
-      flip ^= 1;
     }
     const float scale = rsqrtf(squares / C + LN_EPS);
     for (int i = 0; i < COLS; i++) x[i] = (x[i] - mean) * scale;

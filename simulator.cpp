@@ -6,7 +6,8 @@
 // The kernel may depend on no order but that of its syncs, so all else comes in a random one: warps take
 // turns in any order, and some dawdle; copies, pushes and additions to x arrive late, in any order; where a
 // copy will land, as in all shared memory at first, there is NaN. The same seed gives the same order. What
-// this does not show: time, and threads that see the same stores in different orders.
+// this does not show: time; what two threads do between two waits, which never interleaves; and threads that
+// see the same stores in different orders.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -65,6 +66,7 @@ struct Block {
   uint8_t* shared;
   Barrier named[16];
   std::vector<Warp> warps;
+  int running;  // warps
 };
 
 struct Fiber {
@@ -86,6 +88,7 @@ std::mt19937 rng;
 Fiber* fiber;
 jmp_buf scheduler;
 bool trapped;
+bool lost;  // something was on its way to a block that is gone
 int idle;  // turns in which nothing has happened; clock64 runs by it, and simulate ends by it
 Index gridDim;
 #define threadIdx (fiber->thread)
@@ -161,11 +164,15 @@ bool barrier_passed(uint64_t* b, uint32_t parity) {
 void barriers_exist() {}
 void cluster_sync() { meet(clusters[blockIdx.x / CLUSTER], CLUSTER * 32 * block().warps.size()); }
 
+void land(int block, void* barrier, int bytes) {
+  lost |= blocks[block].running == 0;
+  count(barrier, -bytes, 0);
+}
 void send(std::function<void()> arrive, bool is_addition = false) {
   late.push_back({blockIdx.x, is_addition, arrive});
 }
 void push(uint32_t to, float v, uint32_t barrier) {
-  send([=] { memcpy(at(to), &v, 4); count(at(barrier), -4, 0); });
+  send([=] { memcpy(at(to), &v, 4); land(to >> 18, at(barrier), 4); });
 }
 void push4(uint32_t to, const float* v, uint32_t barrier) {
   if (to % 16) __trap();
@@ -175,7 +182,7 @@ uint64_t read_once_policy() { return 0; }
 void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint64_t) {
   if ((address(blockIdx.x, to) | (uintptr_t)from | bytes) % 16) __trap();
   memset(to, 0xff, bytes);
-  send([=] { memcpy(to, from, bytes); count(full, -(int)bytes, 0); });
+  send([=, own = blockIdx.x] { memcpy(to, from, bytes); land(own, full, bytes); });
 }
 
 longlong2 load_relaxed(const long long* p) { yield(); return {p[0], p[1]}; }
@@ -195,18 +202,18 @@ unsigned long long global_ns() { return 0; }
 #define SHARED_MEMORY block().shared  // stands where the kernel has its extern __shared__
 #include KERNEL
 
-Model model;
-int first, last, head;  // the launch's other arguments
+std::function<void()> kernel;  // with the launch's arguments
 
 void run_thread() {
-  fused_block(model, first, last, head);
+  kernel();
   fiber->ended = true;
   _longjmp(scheduler, 1);
 }
 
 void run_lane(Fiber* lane) {  // until it waits
   fiber = lane;
-  if (lane->ended || trapped || _setjmp(scheduler)) return;
+  if (lane->ended || trapped) return;
+  if (_setjmp(scheduler)) return;
   if (lane->begun) _longjmp(lane->at, 1);
   lane->begun = true;
   setcontext(&lane->begin);
@@ -214,8 +221,8 @@ void run_lane(Fiber* lane) {  // until it waits
 
 // Runs a warp's lanes, sometimes only a few of them. Returns whether all have ended.
 bool run_warp(Fiber* lanes) {
-  const int n = chance(8) ? rng() % 32 : 32, first = rng();
-  for (int i = 0; i < n; i++) run_lane(lanes + (first + i) % 32u);
+  const unsigned n = chance(8) ? rng() % 32 : 32, start = rng();
+  for (unsigned i = 0; i < n; i++) run_lane(lanes + (start + i) % 32);
   return std::all_of(lanes, lanes + 32, [](const Fiber& f) { return f.ended; });
 }
 
@@ -229,27 +236,23 @@ void arrive_some() {
   }
 }
 
-// Like fused_launch, in the order that `seed` gives. Returns whether the launch ended by itself, with no push
-// or copy still on its way to a block that is gone.
+// Like fused_launch, in the order that `seed` gives. Returns whether the launch ended by itself, and nothing
+// was on its way to a block that had ended.
 extern "C" __attribute__((visibility("default"))) int simulate(const void* const* pointers, int n_clusters,
     int first_layer, int last_layer, int lm_head, unsigned seed) {
   const int n_blocks = n_clusters * CLUSTER, warps = WORKERS / 32 + 1;
-  memcpy(&model, pointers, sizeof model);
-  first = first_layer, last = last_layer, head = lm_head;
+  kernel = [=] { fused_block(*(const Model*)pointers, first_layer, last_layer, lm_head); };
   gridDim.x = n_blocks;
   rng.seed(seed);
-  trapped = false, idle = 0;
-  late.clear();
+  trapped = lost = false, idle = 0;
   clusters.assign(n_clusters, {});
-  blocks.clear();
   blocks.resize(n_blocks);
   for (Block& b : blocks) {
     b.memory = std::make_unique<uint8_t[]>(SHARED + 128);
     b.shared = b.memory.get() + 128 - (uintptr_t)b.memory.get() % 128;
     memset(b.shared, 0xff, SHARED);
-    b.warps.resize(warps);
+    b.warps.resize(warps), b.running = warps;
   }
-  fibers.clear();
   fibers.resize(n_blocks * warps * 32);
   for (size_t i = 0; i < fibers.size(); i++) {
     Fiber& f = fibers[i];
@@ -270,13 +273,11 @@ extern "C" __attribute__((visibility("default"))) int simulate(const void* const
       if (turn % 64 == 0) warp.dawdles = chance(4);
       if (trapped || warp.ended || (warp.dawdles && !chance(20))) continue;
       warp.ended = run_warp(&fibers[w * 32]);
-      ended += warp.ended;
+      if (warp.ended) ended++, blocks[w / warps].running--;
     }
     arrive_some();
   }
-  bool lost = false;
-  for (Late& l : late)
-    if (l.is_addition) l.arrive();
-    else lost = true;
+  for (Late& l : late) l.arrive();
+  late.clear(), fibers.clear(), blocks.clear();
   return ended == order.size() && !lost;
 }
