@@ -55,7 +55,7 @@ from emulator import (
     pack,
     producer,
 )
-from model import SIZES, Config, Fused, Pythia, Refused
+from model import SIZES, Config, Fused, Pythia, Refused, Sampler
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = generate.TINY
@@ -1657,51 +1657,65 @@ def test_fused_memory():
     report("memory", "pythia-2.8b, fused: allocated / weights and cache", allocated / needed, 1.05)
 
 
-@gpu
-@torch.inference_mode()
-def test_fused_edges():
+def report_edges(what, model, fused):
     """Inputs at the ends of fp16, values that are none, equal logits, the end of the context."""
-    model, rng = random_half(cut("pythia-160m")), torch.Generator(DEVICE).manual_seed(0)
-    block, C, V = model.blocks[1], model.config.hidden, model.config.vocab
-    exact, fused, pos = copy.deepcopy(block).double(), model.fuse(), 100
+    block, C, V, pos, device = model.blocks[1], model.config.hidden, model.config.vocab, 100, fused.device
+    rng, exact = torch.Generator(device).manual_seed(0), copy.deepcopy(block).double()
     keys, values = fused.cache[1, :, 0]
 
     def launch(x):
         kv = fused.cache[1].clone()
         return launch_block(fused, x, pos), block(x.view(1, 1, C), kv.clone(), pos)[0, 0], kv
-    large = hard_input(C, rng)
-    large[::97] = 60000 * large[::97].sign()
-    for what, x in (("8 columns of +-60000", large), ("x = 3, variance 0", torch.full_like(large, 3)),
-                    ("x = 0.1, variance 0", torch.full_like(large, 0.1))):
+    usual = hard_input(C, rng)
+    large = torch.where(usual.abs() > 30, 60000 * usual.sign(), usual)
+    flat = torch.ones_like(usual)
+    for case, x, times in (("columns of +-60000", large, 1), ("x = 3, variance 0", 3 * flat, 1),
+                           ("x = 0.1, variance 0", 0.1 * flat, 1), ("keys * 100", usual, 100)):
         fused.cache.normal_(generator=rng)
+        keys *= times
         ours, fp16, kv = launch(x)
         ratio, mine, theirs = against(ours, fp16, exact(x.double().view(1, 1, C), kv.double(), pos))
-        report("edges", f"{what}: {mine:.1e} / fp16 {theirs:.1e}", ratio, 1)
-    for what, value, where in (("Inf in x", math.inf, None), ("NaN in x", math.nan, None),
+        report(what, f"{case}: {mine:.1e} / fp16 {theirs:.1e}", ratio, 1)
+    for case, value, where in (("Inf in x", math.inf, None), ("NaN in x", math.nan, None),
                                ("NaN in a key", math.nan, keys), ("Inf in a value", math.inf, values)):
         fused.cache.normal_(generator=rng)
         x = hard_input(C, rng)
         (x if where is None else where[2, 7])[5] = value
         ours, fp16, _ = launch(x)
         wrong = (ours.isfinite() != fp16.isfinite()).sum()
-        report("edges", f"{what}: columns finite in one of PyTorch and fused", wrong)
-        report("edges", f"{what}: all of y is finite", ours.isfinite().all())
+        report(what, f"{case}: columns finite in one of PyTorch and fused", wrong)
+        report(what, f"{case}: all of y is finite", ours.isfinite().all())
 
     fused.cache.normal_(generator=rng)
-    token = torch.tensor([[3]], device=DEVICE)
+    token = torch.tensor([[3]], device=device)
     best = int(fused(token, fused.cache, 50).argmax())
-    rows = sorted({best, (best + 1) % V, (best + 200) % V})  # of the same block, and of another
+    rows = sorted({best, (best + 1) % V, (best + V // 2) % V})  # of the same block, and of another
     model.embed_out[rows] = model.embed_out[best].clone()
     logits = fused(token, fused.cache, 50).flatten()
-    report("edges", "three equal rows: logits that differ", len(set(logits[rows].tolist())) - 1)
-    report("edges", "three equal rows: argmax unlike the first", int(fused.state[0]) != rows[0])
+    report(what, "three equal rows: logits that differ", len(set(logits[rows].tolist())) - 1)
+    report(what, "three equal rows: argmax unlike the first", int(fused.state[0]) != rows[0])
+    model.lnf_w.zero_()
+    model.lnf_b.fill_(1)  # a logit is the sum of its row
+    for case, which, value in (("one Inf", best, math.inf), ("one NaN", best, math.nan),
+                               ("one -Inf", best, -math.inf), ("all -Inf", slice(None), -math.inf)):
+        head = model.embed_out.clone()
+        model.embed_out[which] = value
+        chosen = Sampler()(fused(token, fused.cache, 50).flatten())
+        report(what, f"logits, {case}: token unlike {chosen}", int(fused.state[0]) != chosen)
+        model.embed_out.copy_(head)
     fused.state[1] = model.config.context
     watched = Watched(fused)
     watched.remember()
-    fused.launch(0, 2, lm_head=True)
-    report("edges", "bytes changed by a step after the last position",
+    fused.launch(0, model.config.n_layer, lm_head=True)
+    report(what, "bytes changed by a step after the last position",
            watched.changed() + watched.others_changed())
 
+
+@gpu
+@torch.inference_mode()
+def test_fused_edges():
+    model = random_half(cut("pythia-160m"))
+    report_edges("edges", model, model.fuse())
     report_lengths("edges", random_half(SHORT), fused=True)
     for temperature in (0, 1):
         spoilt = random_half(SHORT)
@@ -1927,25 +1941,34 @@ def test_simulated_block(simulated, name, grids, positions, more):
     report_blocks(f"{name[7:]} on a CPU", model, decoders, repeats=1)
 
 
+@pytest.mark.parametrize("config, steps", [
+    (SMALL, 4), (cut("pythia-6.9b", n_layer=1, mlp=256, vocab=64), 1)], ids=["70m", "6.9b"])
 @torch.inference_mode()
-def test_simulated_steps(simulated):
-    """Whole steps, each from what the one before has left."""
-    model = random_half(SMALL, "cpu")
+def test_simulated_steps(simulated, config, steps):
+    """Whole steps, of the last token of the vocabulary, of the first, and of what a step left to the next."""
+    model, V = random_half(config, "cpu"), config.vocab
     fused, worst, wrong = simulated(model, 3, cluster=2), [], 0
     fused.cache.normal_(generator=torch.Generator().manual_seed(0))
-    fused.start(7, 0)
-    for pos in range(4):
+    for pos in range(steps):
+        if pos < 2:
+            fused.start((V - 1, 0)[pos], pos)
         token = fused.state[:1].long().view(1, 1)
         fused.cache[..., pos:, :] = math.nan
         exact, fp16 = (f(model, token, fused.cache.clone(), pos) for f in (exact_logits, Pythia.forward))
         fused.logits.fill_(math.nan)
-        fused.launch(0, SMALL.n_layer, lm_head=True)
+        fused.launch(0, config.n_layer, lm_head=True)
         worst.append((*against(fused.logits, fp16, exact), pos))
         chosen = int(fused.logits.argmax())
         wrong += [*fused.state[:2].tolist(), int(fused.history[pos])] != [chosen, pos + 1, chosen]
     ratio, mine, fp16, pos = max(worst)
-    report("on a CPU", f"whole step, worst at {pos}: {mine:.1e} / fp16 {fp16:.1e}", ratio, 1)
+    report("on a CPU", f"whole step, C {config.hidden}, at {pos}: {mine:.1e} / fp16 {fp16:.1e}", ratio, 1)
     report("on a CPU", "tokens that are not the argmax", wrong)
+
+
+@torch.inference_mode()
+def test_simulated_edges(simulated):
+    model = random_half(SMALL, "cpu")
+    report_edges("edges on a CPU", model, simulated(model, 3, cluster=2))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
