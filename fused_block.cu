@@ -41,7 +41,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <cstring>
 
 // ----------------------------------------------------------------------------------------------------------
 // 1. The picture
@@ -542,7 +541,7 @@ constexpr int KV_WEIGHT = 3;
 static_assert(64ll * (8ll * HS * C + 2ll * KV_WEIGHT * HS * CTX + ATTENTION_BYTES) < 1ll << 31,
               "make_plan counts in 32 bits");
 
-__host__ __device__ Plan make_plan(int block, int blocks, int position) {
+__device__ Plan make_plan(int block, int blocks, int position) {
   Plan p;
   p.rank = block % K; p.cluster = block / K; p.clusters = blocks / K;
   const int heads = NH / p.clusters, busy = NH % p.clusters * K;  // the first `busy` blocks have one more
@@ -1236,20 +1235,11 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
                                     int last_layer, int lm_head, void* stream) {
   if (first_layer < 0 || first_layer >= last_layer || last_layer > L || (lm_head && last_layer < L))
     return "no such range of layers: take 0 <= first < last <= L, and the LM head with the last layer only";
-  Model m;
-  memcpy(&m, pointers, sizeof(Model));
+  const Model& m = *reinterpret_cast<const Model*>(pointers);
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configure(attributes, clusters, stream);
   CHECK(cudaLaunchKernelEx(&config, fused_block, m, first_layer, last_layer, lm_head));
   return nullptr;
-}
-
-// For tests and --explain, on machines without a GPU: the division of work, and the derived sizes.
-extern "C" void fused_plan(int block, int blocks, int position, Plan* plan) {
-  *plan = make_plan(block, blocks, position);
-}
-extern "C" void fused_sizes(int* workers, int* stages, int* shared_bytes) {
-  *workers = WORKERS, *stages = STAGES, *shared_bytes = sizeof(Shared);
 }
 
 // ----------------------------------------------------------------------------------------------------------

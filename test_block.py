@@ -1146,20 +1146,16 @@ def test_constants_and_plan(tmp_path):
 
 
 def test_library_without_gpu(nvcc, tmp_path):
-    """The library as users have it loads without a GPU, and exports the emulator's plans and sizes."""
+    """The library as users have it loads without a GPU, and refuses ranges of layers that are none."""
     defines = build.constants(Config.from_name("pythia-2.8b"))
     subprocess.run([nvcc, *build.flags(defines, "sm_90a"), "-shared", "-Xcompiler", "-fPIC",
                     "-o", tmp_path / "kernel.so", build.SOURCE], check=True, capture_output=True)
-    library, k = ctypes.CDLL(str(tmp_path / "kernel.so")), kernel_constants(defines)
-    sizes = [ctypes.c_int() for _ in range(3)]
-    library.fused_sizes(*map(ctypes.byref, sizes))
-    workers, stages, shared_bytes = (size.value for size in sizes)
-    report("pythia-2.8b", "workers and stages of the library unlike the emulator's",
-           abs(workers - k.WORKERS) + abs(stages - k.STAGES))
-    wrong = sum(plan_of(library.fused_plan, block, 132, position) != tuple(make_plan(k, block, 132, position))
-                for block in range(132) for position in EMULATED_POSITIONS)
-    report("pythia-2.8b", "plans of the library unlike the emulator's", wrong)
-    report("pythia-2.8b", "bytes of shared memory", shared_bytes, k.SHARED_BYTES)
+    launch = ctypes.CDLL(str(tmp_path / "kernel.so")).fused_launch
+    launch.restype = ctypes.c_char_p
+    for first, last, lm_head in ((-1, 1, 0), (1, 1, 0), (2, 1, 0), (0, 33, 0), (0, 31, 1)):
+        said = launch(None, 66, first, last, lm_head, None) or b""
+        report("library", f"layers {first} to {last}, LM head {lm_head}: not refused",
+               b"no such range of layers" not in said)
 
 
 def test_constants_refused():
