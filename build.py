@@ -65,17 +65,18 @@ def constants(config, arch="sm_90a", cluster=None, threads=256, rows=None, atten
     for what, value, fits in (("hidden size", c.hidden, c.hidden <= 5120 and (team == 16 or team % 32 == 0)),
                               ("head size", c.head_size, c.head_size % 16 == 0 and c.head_size <= 256),
                               ("rotary dimensions", c.rotary_dims, c.rotary_dims % 2 == 0),
-                              ("MLP width", c.mlp, c.mlp % 8 == 0), ("vocabulary", c.vocab, c.vocab < 2**31),
+                              ("MLP width", c.mlp, c.mlp % 8 == 0 and c.mlp <= 2**16),
+                              ("vocabulary", c.vocab, c.vocab <= 2**23),
+                              ("context", c.context, c.context <= 2**13),
                               ("layers", c.n_layer, c.n_layer <= 40)):
         if not fits:
             raise Refused(f"the fused kernel has no code for {what} {value}: run without fused")
     if c.eps != 1e-5:
         raise Refused(f"the fused kernel has LayerNorm eps 1e-5, not {c.eps}: run without fused")
-    if rows is None:  # two stages of 16 to 20 KB, or a quarter of that where shared memory is half as large
-        rows = 8 if c.hidden < 4096 else 4
-        rows = rows if SHARED_BYTES[arch] > 128 * 1024 else max(2, rows // 4)
-    if attention_kib is None:
-        attention_kib = 64 if c.hidden <= 1024 else 128
+    if rows is None:
+        rows = 8 if SHARED_BYTES[arch] > 128 * 1024 else 2  # so that the ring holds two tiles and more
+    if attention_kib is None:  # README.md has the measurements
+        attention_kib = 6 * cluster if c.hidden <= 1024 else 128 if c.hidden < 4096 else 48
     return {"HIDDEN": c.hidden, "HEADS": c.n_head, "HEAD_SIZE": c.head_size, "ROTARY": c.rotary_dims,
             "MLP": c.mlp, "VOCAB": c.vocab, "LAYERS": c.n_layer, "CONTEXT": c.context, "CLUSTER": cluster,
             "THREADS": threads, "ROWS": rows, "ATTENTION_BYTES": attention_kib * 1024,

@@ -77,19 +77,18 @@ def make_plan(k, block, blocks, position):
     """The share of one of `blocks` thread blocks, for a token that has `position` tokens before it."""
     rank, cluster, clusters = block % k.K, block // k.K, blocks // k.K
     heads, busy = k.NH // clusters, k.NH % clusters * k.K
-    unit_bytes, scale = 4 * k.C, 256
     head_bytes = (8 * k.HS * k.C + 2 * k.KV_WEIGHT * k.HS * position) // k.K + k.ATTENTION_BYTES
-    head_cost = scale * head_bytes // unit_bytes
-    fair = (scale * k.F + head_cost * k.NH * k.K) // blocks
-    room = fair - (heads + 1) * head_cost
-    of_busy = room if busy and room > 0 else 0
-    of_rest = (scale * k.F - of_busy * busy) // (blocks - busy)
-    everything = of_busy * busy + of_rest * (blocks - busy)
-    before = of_busy * block if block < busy else of_busy * busy + of_rest * (block - busy)
-    first_unit = k.F * before // everything
-    last_unit = k.F * (before + (of_busy if block < busy else of_rest)) // everything
-    parts = 2 * (heads + (block < busy)) + 1
-    filler = ceil_div(ceil_div(last_unit - first_unit, parts), k.TILE_ROWS) * k.TILE_ROWS
+    head_grains = 64 * head_bytes // k.C
+    fair_grains = (256 * k.F + head_grains * k.NH * k.K) // blocks
+    busy_grains = max(0, fair_grains - (heads + 1) * head_grains)
+    rest_grains = (256 * k.F - busy_grains * busy) // (blocks - busy)
+    first_grain = busy_grains * min(block, busy) + rest_grains * max(0, block - busy)
+    first_unit = first_grain // 256
+    last_unit = (first_grain + (busy_grains if block < busy else rest_grains)) // 256
+    if block == blocks - 1:
+        last_unit = k.F
+    shares = 2 * (heads + (block < busy)) + 1
+    filler = ceil_div(ceil_div(last_unit - first_unit, shares), k.TILE_ROWS) * k.TILE_ROWS
     tokens = ceil_div(position, k.K)
     first_token, last_token = min(tokens * rank, position), min(tokens * (rank + 1), position)
     return Plan(rank, cluster, clusters, first_unit, last_unit, filler, first_token, last_token,

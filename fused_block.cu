@@ -41,7 +41,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <cstring>
 
 // ----------------------------------------------------------------------------------------------------------
 // 1. The picture
@@ -128,11 +127,10 @@
 //  (d)  block    q, and k and v in fp16; that      all warps; pushes of the   attention with half-rotated q
 //                S3 has read (1)'s inbox           next head
 //  (e)  block    m, l, o of a warp's tokens        one thread a dimension     a merge with the head before
-//  (f)  block    that S6 has read (2)'s inbox      pushes of the next head    nothing changes: see below
-//  (g)  block    that all it has to add is sent    the thread that arrives    (4) counts a block not yet done
-//  (h)  block    that (4) has been passed          all threads                the others run ahead of (4)
+//  (f)  block    that all it has to add is sent    the thread that arrives    (4) counts a block not yet done
+//  (g)  block    that (4) has been passed          all threads                the others run ahead of (4)
 //
-// What they are made of: (0) is the cluster's barrier instruction, (4) a counter in global memory, (a) to (h)
+// What they are made of: (0) is the cluster's barrier instruction, (4) a counter in global memory, (a) to (g)
 // barriers of a block's workers or of a team. (1) (2) (3) (F) (E) are mbarriers: words in shared memory that
 // count arrivals and, but for (E), bytes, so that the data itself releases whoever waits. A phase is a round
 // of an mbarrier: it completes when all that it counts has come, and the next begins. The end of a launch is
@@ -142,19 +140,18 @@
 // it. Before a peer pushes into an inbox again, it passes a sync at which it waits for the inbox's owner, who
 // sends there only after all of its threads have read. (At (1), (2) and (3) every rank waits for all.)
 //
-//     inbox of        read in   all have read at   the owner then sends       the peer waits for it at
-//     (1) q, k, v     S3        (d)                m, l, o of this head       (2)
-//     (2) m, l, o     S6        (f) or (g)         q, k, v of the next head   (1)
-//     (3) sums of y   S9        (g)                its arrival                (4)
+//     inbox of        read in   all have read at      the owner then sends       the peer waits for it at
+//     (1) q, k, v     S3        (d)                   m, l, o of this head       (2)
+//     (2) m, l, o     S6        S2's rows, or (f)     q, k, v of the next head   (1)
+//     (3) sums of y   S9        (f)                   its arrival                (4)
 //
-// Between two heads it is (f), after the last (g). So no mbarrier completes a phase before all threads of its
+// (S2's rows: a team that uses (2)'s inbox, for its output rows, has rows of the next head's q, k, v too, and
+// sends them afterwards; the others use nothing of what they read. And the next phase of (2) waits for this
+// block's own m, l, o, which come after (d).) So no mbarrier completes a phase before all threads of its
 // block have seen the one before, and one bit, the parity, tells which phase it is in.
 //
-// Without any one of the syncs but (f) the result changes, or the launch does not end (python test_block.py
-// -k simulated_syncs, on a CPU). (f) is more than is needed. A team that uses (2)'s inbox in S6, for its
-// output rows, has rows of the next q, k, v too, and sends them afterwards; the others use nothing of what
-// they read. And the next phase of (2) waits for this block's own m, l, o, which come after (d). (f) runs
-// only where a cluster has several heads, which no size has on an H200 with its default cluster.
+// Without any one of these syncs the result changes, or the launch does not end (python test_block.py -k
+// simulated_syncs, on a CPU).
 //
 // A block may leave while its own pushes fly: they come from registers. None leaves while pushes fly towards
 // it: it waits for every byte of (1), (2) and (3).
@@ -167,8 +164,7 @@
 
 constexpr int C = HIDDEN, NH = HEADS, HS = HEAD_SIZE, ROT = ROTARY;
 constexpr int F = MLP, V = VOCAB, L = LAYERS, CTX = CONTEXT;
-constexpr int K = CLUSTER;
-constexpr int R = ROWS;
+constexpr int K = CLUSTER, R = ROWS;
 constexpr float LN_EPS = 1e-5f;
 #ifndef MUTANT
 #define MUTANT 0  // chapter 4
@@ -188,7 +184,7 @@ constexpr int TEAM_WARPS = TEAM / LANES;        // warps of a team [10]; 1 where
 
 // Tiles and stages.
 constexpr int TILE_ROWS = R * TEAMS;            // rows in a tile, R for each team [8]
-constexpr int PARTS = 2;                        // stages that a tile comes in
+constexpr int PARTS = R * PIECES < 16 ? 2 : 4;  // stages that a tile comes in, of 20 KB at most [2]
 constexpr int STAGE_ROWS = TILE_ROWS / PARTS;   // [4]
 constexpr int STAGE_BYTES = STAGE_ROWS * C * 2; // [20480]
 constexpr int BIAS_HALFS = ceil_div(TILE_ROWS, 8) * 8 + 8;  // biases, copied from a multiple of 8 on [16]
@@ -204,21 +200,19 @@ constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  
 constexpr int WARP_TOKENS = 32 / TOKEN_LANES;      // [2]
 
 // The ring gets what shared memory has left: these are the bytes of Shared beside it, rounded up.
-constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS + 25 * HS / 4 + (2 * R + 6) * WARPS) + 384;
+constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS + 25 * HS / 4 + (2 * R + 4) * WARPS) + 384;
 constexpr int STAGES_THAT_FIT = (SHARED_BYTES - FIXED_BYTES) / (STAGE_BYTES + 2 * BIAS_HALFS + 16);
 constexpr int STAGES = STAGES_THAT_FIT < 32 ? STAGES_THAT_FIT : 32;  // [10]: 205 KB, 5.9 us of an even share
 
 static_assert(C % 128 == 0, "a row is dealt out to half-warps, 16 bytes a lane: C must be a multiple of 128");
 static_assert(NH * HS == C, "the heads together are as wide as the residual stream");
-static_assert(WORKERS % 32 == 0 && WORKERS + 32 <= 1024,
-              "workers are whole warps, and a block has 1024 threads at most");
+static_assert(WORKERS % 32 == 0 && WORKERS + 32 <= 1024, "whole warps, and at most 1024 threads in a block");
 static_assert(TEAM % 32 == 0 || 32 % TEAM == 0,
               "a team is whole warps, or a warp whole teams: C / 8 (C / 16 from 4096 on) must divide so");
 static_assert(TEAM_WARPS == 1 || TEAMS <= 14, "a team of several warps has a named barrier; a block has 16");
 static_assert((R & (R - 1)) == 0 && R <= LANES && R % PARTS == 0,
         "reduce_rows folds a power of two of rows over a team's lanes, and a tile comes in equal parts");
-static_assert(HS % (2 * K) == 0 && HS % 8 == 0,
-              "ranks share a head's rows evenly, lanes its dimensions by 8");
+static_assert(HS % (2 * K) == 0 && HS % 8 == 0, "ranks share a head's rows evenly; lanes take 8 dimensions");
 static_assert(OWN % 8 == 0, "a rank owns whole pieces of a row");
 static_assert(HS <= WORKERS, "one thread for each dimension of a head merges the warps' attention");
 static_assert(STAGES >= 2 * PARTS, "two tiles: one being read, one on its way; take fewer ROWS");
@@ -287,16 +281,16 @@ struct Plan {
 struct alignas(128) Shared {                        // bytes      what; writer -> reader; until
   half ring[STAGES][STAGE_ROWS * C];                // 10 x 20480 rows, or k and v; producer -> workers; (E)
   alignas(16) half bias[STAGES][BIAS_HALFS];        // 10 x 32    of a tile, in the place of its first stage
-  alignas(16) float sums[K * TEAMS][OWN];           // 10240      (3) inbox, from all teams; S9 -> S9; (g)
+  alignas(16) float sums[K * TEAMS][OWN];           // 10240      (3) inbox, from all teams; S9 -> S9; (f)
   alignas(16) float x[C];                           // 10240      (a) S0 -> S0; next layer
   float qkv[3 * HS];                                // 960        (1) inbox; S2 -> S3; (d)
-  float slice_o[K][OUT_ROWS], slice_ml[K][2];       // 336        (2) inbox, by rank; S5 -> S6; (f)
+  float slice_o[K][OUT_ROWS], slice_ml[K][2];       // 336        (2) inbox, by rank; S5 -> S6; next (1)
   alignas(16) float q[HS];                          // 320        (d) times the softmax scale; S3 -> S5; (e)
   alignas(16) half k_new[HS], v_new[HS];            // 320        (d) as the cache has them; S3 -> S5; (e)
   float part_o[WARPS][HS], part_m[WARPS],
       part_l[WARPS];                                // 3280       (e) of a warp's tokens; S5 -> S5; next (d)
   float dots[2][TEAMS][R][TEAM_WARPS];              // 640        (c) two in turn, see dot_tile
-  float stats[2][TEAMS][TEAM_WARPS][2];             // 160        (b) mean, squares; S1 -> S1; next (a)
+  float stats[TEAMS][TEAM_WARPS][2];                // 80         (b) mean, squares; S1 -> S1; next (a)
   float rope_cos[ROT / 2], rope_sin[ROT / 2];       // 80         (0) of this position; the whole launch
   Plan plan;                                        // 40         (0) this block's; the whole launch
   unsigned rotation, arrivals;                      // 8          (0) of State, as the launch found them
@@ -304,8 +298,7 @@ struct alignas(128) Shared {                        // bytes      what; writer -
   uint64_t full[STAGES], empty[STAGES];             // 160        (F), (E)
   uint64_t qkv_ready, slice_ready, sums_ready;      // 24         (1), (2), (3)
 };
-static_assert(sizeof(Shared) <= SHARED_BYTES,
-              "the ring leaves too little shared memory: FIXED_BYTES is wrong");
+static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory: FIXED_BYTES is wrong");
 
 enum SyncId { SYNC_QKV = 1, SYNC_SLICE, SYNC_SUMS, SYNC_GRID, SYNC_FULL, SYNC_EMPTY };  // in Failure::sync
 
@@ -316,8 +309,7 @@ enum SyncId { SYNC_QKV = 1, SYNC_SLICE, SYNC_SUMS, SYNC_GRID, SYNC_FULL, SYNC_EM
 //   -DMUTANT=k   one thing is broken, and a test must notice: test_block.py lists 1 to 10; 11: block 0 never
 //                arrives at (4)
 #ifdef TAPS  // offsets into Model::taps; a new one needs room in model.py, a name in test_block.py's STAGES
-enum { TAP_XN1 = 0, TAP_XN2 = TAP_XN1 + C, TAP_Q = TAP_XN2 + C, TAP_K = TAP_Q + C, TAP_V = TAP_K + C,
-       TAP_O = TAP_V + C, TAP_H = TAP_O + C };
+enum { TAP_XN1 = 0, TAP_XN2 = C, TAP_Q = 2 * C, TAP_K = 3 * C, TAP_V = 4 * C, TAP_O = 5 * C, TAP_H = 6 * C };
 #define TAP(where, value) (m.taps[where] = (value))
 #else
 #define TAP(where, value) ((void)0)
@@ -479,9 +471,13 @@ __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t pari
 // ----------------------------------------------------------------------------------------------------------
 // 6. Arithmetic: the two inner loops, and sums that do not depend on order
 //
-// An array that a loop indexes stays in registers only where the loop is unrolled: hence `#pragma unroll`.
+// The compiler unrolls loops of fixed length, so that arrays indexed in them stay in registers. `#pragma
+// unroll` stands where it does not do so unasked.
 
-// 16 bytes, 8 fp16 -> 8 fp32. Products and sums are fp32 throughout; only weights, k and v are fp16.
+// 16 bytes of shared memory in one load; the address is a multiple of 16.
+__device__ const uint4& as16(const half* p) { return *reinterpret_cast<const uint4*>(p); }
+
+// 8 fp16 -> 8 fp32. Products and sums are fp32 throughout; only weights, k and v are fp16.
 __device__ void widen(const uint4& w, float* f) {
   const half2* h = reinterpret_cast<const half2*>(&w);
   for (int i = 0; i < 4; i++) {
@@ -504,14 +500,12 @@ __device__ void axpy8(float a, const uint4& w, float* y) {
 // lane gives half of its values away and keeps the other half, so R = 8 takes 4 + 2 + 1 + 2 = 9 shuffles, not
 // 8 * 5 = 40. Lane l returns row l % R. All 32 lanes must be here.
 __device__ float reduce_rows(float (&v)[R], int lane) {
-#pragma unroll
   for (int w = R / 2; w >= 1; w /= 2) {
     const bool upper = lane & w;
 #pragma unroll
     for (int i = 0; i < w; i++)
       v[i] = (upper ? v[i + w] : v[i]) + __shfl_xor_sync(~0u, upper ? v[i] : v[i + w], w);
   }
-#pragma unroll
   for (int w = R; w < LANES; w *= 2) v[0] += __shfl_xor_sync(~0u, v[0], w);
   return v[0];
 }
@@ -544,31 +538,31 @@ __device__ float from_fixed(long long q) {
 // chain of small steps, which move few: 128 KiB in 2.8b, 3.8 us of an even share (tuned; build.py sets it).
 // A cached token counts KV_WEIGHT / 2 times, because softmax makes it slower to use than to read.
 constexpr int KV_WEIGHT = 3;
+static_assert(64ll * (8ll * HS * C + 2ll * KV_WEIGHT * HS * CTX + ATTENTION_BYTES) < 1ll << 31,
+              "make_plan counts in 32 bits");
 
-__host__ __device__ Plan make_plan(int block, int blocks, int position) {
+__device__ Plan make_plan(int block, int blocks, int position) {
   Plan p;
   p.rank = block % K; p.cluster = block / K; p.clusters = blocks / K;
   const int heads = NH / p.clusters, busy = NH % p.clusters * K;  // the first `busy` blocks have one more
-  // `long long`, since 256 * F * F is too large for an int.
-  const long long unit_bytes = 4 * C, scale = 256;                // of two rows; costs are in 1/256 units
-  const long long head_bytes = (8ll * HS * C + 2ll * KV_WEIGHT * HS * position) / K + ATTENTION_BYTES;
-  const long long head_cost = scale * head_bytes / unit_bytes;
-  const long long fair = (scale * F + head_cost * NH * K) / blocks;
-  const long long room = fair - (heads + 1) * head_cost;          // left for units in a busy block
-  const long long of_busy = room > 0 ? room : 0;
-  const long long of_rest = (scale * F - of_busy * busy) / (blocks - busy);
-  const long long all = of_busy * busy + of_rest * (blocks - busy);
-  const long long before = block < busy ? of_busy * block : of_busy * busy + of_rest * (block - busy);
-  p.first_unit = F * before / all;
-  p.last_unit = F * (before + (block < busy ? of_busy : of_rest)) / all;
+  // Units are shared out in grains of C / 64 bytes, 256 a unit; in ints, as 64-bit divisions take a GPU long.
+  const int head_bytes = (8 * HS * C + 2 * KV_WEIGHT * HS * position) / K + ATTENTION_BYTES;
+  const int head_grains = 64 * head_bytes / C, fair_grains = (256 * F + head_grains * NH * K) / blocks;
+  const int room_grains = fair_grains - (heads + 1) * head_grains;  // for the units of a busy block
+  const int busy_grains = room_grains > 0 ? room_grains : 0;
+  const int rest_grains = (256 * F - busy_grains * busy) / (blocks - busy);
+  const int first_grain =
+      block < busy ? busy_grains * block : busy_grains * busy + rest_grains * (block - busy);
+  p.first_unit = first_grain / 256;
+  p.last_unit = block == blocks - 1 ? F : (first_grain + (block < busy ? busy_grains : rest_grains)) / 256;
   // Shares of whole tiles, rounded up: two a head, at (1) and (2). What is left, often nothing, comes last.
   const int shares = 2 * (heads + (block < busy)) + 1;
   p.filler = ceil_div(ceil_div(p.last_unit - p.first_unit, shares), TILE_ROWS) * TILE_ROWS;
   const int tokens = ceil_div(position, K);
   p.first_token = tokens * p.rank < position ? tokens * p.rank : position;
   p.last_token = p.first_token + tokens < position ? p.first_token + tokens : position;
-  p.first_row = (long long)V * block / blocks;
-  p.last_row = (long long)V * (block + 1) / blocks;
+  p.first_row = V * block / blocks;
+  p.last_row = V * (block + 1) / blocks;
   return p;
 }
 
@@ -665,7 +659,7 @@ struct Worker {  // one thread's view
   const int team = TEAMS == 1 ? 0 : tid / TEAM, piece = TEAMS == 1 ? tid : tid % TEAM, team_warp = piece / 32;
   const int row = lane % R * TEAMS + team;  // which row of a tile this lane finishes, of the R of its team
   Ring ring;
-  int flip = 0;                             // which half of `dots` and `stats` is next, see dot_tile
+  int flip = 0;                             // which half of `dots` is next, see dot_tile
   uint32_t head_parity = 0, sums_parity = 0;
   Columns y;
 
@@ -675,7 +669,7 @@ struct Worker {  // one thread's view
   // column(8 * p), worked out anew: see thread_again
   __device__ int column_again(int p) const { return (p * TEAM + thread_again() % TEAM) * 8; }
   __device__ uint4 weights(int stage_row, int p) const {
-    return *reinterpret_cast<const uint4*>(&s.ring[ring.stage][stage_row * C + column(8 * p)]);
+    return as16(&s.ring[ring.stage][stage_row * C + column(8 * p)]);
   }
   __device__ void wait_full() { wait(m, s, &s.full[ring.stage], ring.parity, SYNC_FULL); }  // (F)
   __device__ void release() {
@@ -690,11 +684,9 @@ struct Worker {  // one thread's view
   // passed (c) of tile i + 1, at which every warp arrived after it had read tile i.
   __device__ float dot_tile(const Columns& x, int n, int skip, bool has_bias) {
     float sums[R] = {}, bias = 0;
-#pragma unroll
     for (int part = 0; part < PARTS; part++) {
       if (part * STAGE_ROWS >= n) break;
       wait_full();  // (F)
-#pragma unroll
       for (int i = 0; i < R / PARTS; i++) {
         const int r = part * R / PARTS + i, stage_row = i * TEAMS + team;
         if (part * STAGE_ROWS + stage_row < n)
@@ -723,7 +715,6 @@ struct Worker {  // one thread's view
     for (int part = 0; part < PARTS; part++) {
       if (part * STAGE_ROWS >= n) break;
       wait_full();  // (F)
-#pragma unroll
       for (int i = 0; i < R / PARTS; i++) {
         const int r = part * R / PARTS + i, stage_row = i * TEAMS + team;
         const float of_row = __shfl_sync(~0u, a, r, LANES);
@@ -742,10 +733,8 @@ struct Worker {  // one thread's view
   __device__ void read_residual(const long long* x_now, Columns& x) {
     constexpr int PAIRS = ceil_div(C / 2, WORKERS);
     longlong2 q[PAIRS];
-#pragma unroll
     for (int i = 0; i < PAIRS; i++)  // all loads start before the first is used: one trip to L2, not PAIRS
       if (tid + i * WORKERS < C / 2) q[i] = load_relaxed(x_now + 2 * (tid + i * WORKERS));
-#pragma unroll
     for (int i = 0; i < PAIRS; i++)
       if (tid + i * WORKERS < C / 2)
         *reinterpret_cast<float2*>(&s.x[2 * (tid + i * WORKERS)]) =
@@ -784,7 +773,6 @@ struct Worker {  // one thread's view
     for (int i = 0; i < COLS; i++) mean += x[i];
     mean /= n;
     for (int i = 0; i < COLS; i++) squares += (x[i] - mean) * (x[i] - mean);
-#pragma unroll
     for (int w = 1; w < LANES; w *= 2) {
       const float other = __shfl_xor_sync(~0u, mean, w);
       squares += __shfl_xor_sync(~0u, squares, w) + (other - mean) * (other - mean) * (0.5f * n);
@@ -792,7 +780,7 @@ struct Worker {  // one thread's view
       n *= 2;
     }
     if (TEAM_WARPS > 1) {
-      float(&part)[TEAM_WARPS][2] = s.stats[flip][team];
+      float(&part)[TEAM_WARPS][2] = s.stats[team];
       if (lane == 0) part[team_warp][0] = mean, part[team_warp][1] = squares;
       team_sync(team);  // (b)
       mean = squares = 0;
@@ -800,14 +788,12 @@ struct Worker {  // one thread's view
       mean /= TEAM_WARPS;
       for (int w = 0; w < TEAM_WARPS; w++)
         squares += part[w][1] + n * (part[w][0] - mean) * (part[w][0] - mean);
-      flip ^= 1;
     }
     const float scale = rsqrtf(squares / C + LN_EPS);
     for (int i = 0; i < COLS; i++) x[i] = (x[i] - mean) * scale;
   }
 
-  __device__ void affine(const Columns& x, const uint4 (&gain)[PIECES], const uint4 (&bias)[PIECES],
-                         Columns& out) const {
+  __device__ void affine(const Columns& x, const uint4* gain, const uint4* bias, Columns& out) const {
     for (int p = 0; p < PIECES; p++) {
       float g[8], b[8]; widen(gain[p], g); widen(bias[p], b);
       for (int i = 0; i < 8; i++) out[8 * p + i] = fmaf(x[8 * p + i], g[i], b[i]);
@@ -880,12 +866,11 @@ struct Worker {  // one thread's view
     for (int i = 0; i < 8; i++) q[i] = has_d ? s.q[d + i] : 0.f;
 
     if (s.plan.rank == K - 1 && warp == WARPS - 1) {  // the new token
-      float score = has_d ? dot8(*reinterpret_cast<const uint4*>(s.k_new + d), q, 0) : 0.f;
-#pragma unroll
+      float score = has_d ? dot8(as16(s.k_new + d), q, 0) : 0.f;
       for (int w = 1; w < TOKEN_LANES; w *= 2) score += __shfl_xor_sync(~0u, score, w);
       if (sub == 0) {
         mx = score; l = 1;
-        if (has_d) widen(*reinterpret_cast<const uint4*>(s.v_new + d), o);
+        if (has_d) widen(as16(s.v_new + d), o);
       }
     }
 
@@ -898,34 +883,29 @@ struct Worker {  // one thread's view
       const half *k = s.ring[ring.stage] + d, *v = k + KV_TOKENS * HS;
       const int base = warp * WARP_TOKENS + sub;
       float score[BATCH], top = mx;
-#pragma unroll
       for (int u = 0; u < BATCH; u++) {
         const int t = base + u * STRIDE;
-        score[u] = t < n && has_d ? dot8(*reinterpret_cast<const uint4*>(k + t * HS), q, 0) : 0.f;
+        score[u] = t < n && has_d ? dot8(as16(k + t * HS), q, 0) : 0.f;
       }
-#pragma unroll
       for (int u = 0; u < BATCH; u++) {
-#pragma unroll
         for (int w = 1; w < TOKEN_LANES; w *= 2) score[u] += __shfl_xor_sync(~0u, score[u], w);
         if (base + u * STRIDE < n) top = fmaxf(top, score[u]);
       }
       const float shrink = exp2f(mx - top);
       mx = top; l *= shrink;
       for (int i = 0; i < 8; i++) o[i] *= shrink;
-#pragma unroll
       for (int u = 0; u < BATCH; u++) {
         const int t = base + u * STRIDE;
         // Past n the stage has older bytes, NaN among them, and 0 * NaN is NaN: only not reading them helps.
         if (t < n) {
           const float e = exp2f(score[u] - top);
           l += e;
-          if (has_d) axpy8(e, *reinterpret_cast<const uint4*>(v + t * HS), o);
+          if (has_d) axpy8(e, as16(v + t * HS), o);
         }
       }
       release();  // (E)
     }
 
-#pragma unroll
     for (int w = TOKEN_LANES; w < 32; w *= 2) {  // lanes that hold the same dimensions of other tokens
       const float top = fmaxf(mx, __shfl_xor_sync(~0u, mx, w)), shrink = exp2f(mx - top);
       mx = top;
@@ -943,9 +923,7 @@ struct Worker {  // one thread's view
   // every rank. S6 adds up what the ranks have sent.
   __device__ void push_slice() const {
     float top = s.part_m[0], l = 0, o = 0;
-#pragma unroll
     for (int w = 1; w < WARPS; w++) top = fmaxf(top, s.part_m[w]);
-#pragma unroll
     for (int w = 0; w < WARPS; w++) {
       const float shrink = exp2f(s.part_m[w] - top);
       l = fmaf(shrink, s.part_l[w], l);
@@ -1034,7 +1012,7 @@ struct Worker {  // one thread's view
   // (4) One counter, one arrival a block, one thread a block that polls. The counter only ever grows, so
   // there is nothing to reset and no phase to mix up; the difference is right even where 32 bits wrap round.
   __device__ void grid_barrier(unsigned target) const {
-    workers_sync();  // (g)
+    workers_sync();  // (f)
     if (tid == 0) {
       unsigned* counter = &m.state->counter;
       if (MUTANT != 11 || blockIdx.x != 0) arrive_release(counter);  // (4)
@@ -1042,7 +1020,7 @@ struct Worker {  // one thread's view
       for (unsigned seen; MUTANT != 8 && (int)((seen = load_acquire(counter)) - target) < 0;)  // (4)
         if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_GRID, s.layer, target - seen);
     }
-    workers_sync();  // (h)
+    workers_sync();  // (g)
   }
 
   // S10 LM HEAD
@@ -1063,9 +1041,30 @@ struct Worker {  // one thread's view
         best = max(best, (unsigned long long)order << 32 | ~(uint32_t)token);
       }
     }
-#pragma unroll
     for (int w = 16; w >= 1; w /= 2) best = max(best, __shfl_xor_sync(~0u, best, w));
     if (lane == 0) atomicMax(&m.state->best, best);
+  }
+
+  // Whichever block ends last makes State ready for the next launch: by then all have read it. Nobody waits.
+  __device__ void finish_launch(State& state, int position, int layers, int lm_head) const {
+    workers_sync();  // (f), for `finished`
+    if (tid == 0) {
+      __threadfence();
+      if (atomicAdd(&state.finished, 1) == gridDim.x - 1) {
+        __threadfence();
+        state.finished = 0;
+        state.rotation = (s.rotation + layers) % 3;
+        state.arrivals = s.arrivals + (lm_head ? layers : layers - 1) * gridDim.x;
+        if (lm_head) {
+          const unsigned long long best = atomicExch(&state.best, 0ull);
+          // In S10's order the bits of a finite logit lie between those of -FLT_MAX and FLT_MAX.
+          const bool finite = (uint32_t)(best >> 32) - (1u << 23) < 0xffu << 24;
+          state.token = finite ? (int)~(uint32_t)best : -1;
+          m.history[position] = state.token;
+          state.position = position + 1;
+        }
+      }
+    }
   }
 };
 
@@ -1148,15 +1147,14 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
       axpy8(1, load16(m.layers[layer].b_out + w.column(8 * p)), w.y + 8 * p);
       axpy8(1, load16(m.layers[layer].b_down + w.column(8 * p)), w.y + 8 * p);
     }
-#ifdef TAPS
-    for (int i = 0; carries_x && i < COLS; i++)
-      TAP(TAP_XN1 + w.column(i), xn1[i]), TAP(TAP_XN2 + w.column(i), xn2[i]);
-#endif
+    for (int i = 0; carries_x && i < COLS; i++) {
+      TAP(TAP_XN1 + w.column(i), xn1[i]);
+      TAP(TAP_XN2 + w.column(i), xn2[i]);
+    }
     MARK(MARK_NORM);
 
     int unit = plan.first_unit;
     for (int h = plan.cluster; h < NH; h += plan.clusters) {
-      if (h != plan.cluster) workers_sync();                            // (f)
       if (w.tid == 0) barrier_expect(&s.slice_ready, sizeof(s.slice_o) + sizeof(s.slice_ml));  // (2)
       w.qkv_rows(xn1, h);                                               // S2
       MARK(MARK_QKV);
@@ -1184,9 +1182,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     MARK(MARK_ADDED);
     if (layer + 1 == last_layer && !lm_head) break;                     // the end of the launch publishes x
     w.grid_barrier(s.arrivals + (step + 1) * gridDim.x);                // (4)
-#ifdef TIMELINE
-    if (w.tid == 0) m.timeline[((size_t)blockIdx.x * (L + 1) + layer + 1) * MARKS + MARK_START] = global_ns();
-#endif
+    MARK(MARKS + MARK_START);                                           // of the next layer
     w.read_residual(x_next, x);                                         // S0
   }
   if (lm_head) {
@@ -1194,26 +1190,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     w.affine(x, norms.w1, norms.b1, xn1);
     w.lm_head(xn1);                                                     // S10
   }
-  // Whichever block ends last makes State ready for the next launch: by then all have read it. Nobody waits.
-  workers_sync();                                                       // (g), for `finished`
-  const int steps = last_layer - first_layer;
-  if (w.tid == 0) {
-    __threadfence();
-    if (atomicAdd(&state.finished, 1) == gridDim.x - 1) {
-      __threadfence();
-      state.finished = 0;
-      state.rotation = (s.rotation + steps) % 3;
-      state.arrivals = s.arrivals + (lm_head ? steps : steps - 1) * gridDim.x;
-      if (lm_head) {
-        const unsigned long long best = atomicExch(&state.best, 0ull);
-        // In S10's order the bits of a finite logit lie between those of -FLT_MAX and FLT_MAX.
-        const bool finite = (uint32_t)(best >> 32) - (1u << 23) < 0xffu << 24;
-        state.token = finite ? (int)~(uint32_t)best : -1;
-        m.history[position] = state.token;
-        state.position = position + 1;
-      }
-    }
-  }
+  w.finish_launch(state, position, last_layer - first_layer, lm_head);
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -1237,42 +1214,32 @@ static cudaLaunchConfig_t configure(cudaLaunchAttribute (&attributes)[2], int cl
 // ----------------------------------------------------------------------------------------------------------
 // 10. Binding: plain C, called through ctypes. Functions return NULL, or what went wrong.
 
+#define CHECK(call) do { const cudaError_t e = (call); if (e) return cudaGetErrorString(e); } while (0)
+
 // How many clusters the current device holds at once, each on multiprocessors of one group of the chip (GPC):
 // with clusters of 4 or 8 some are left over. The occupancy query takes the cluster attribute only.
 extern "C" const char* fused_prepare(int* clusters) {
   int device, multiprocessors;
   cudaLaunchAttribute attributes[2];
-  cudaError_t e = cudaGetDevice(&device);
-  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (e == cudaSuccess)
-    e = cudaFuncSetAttribute(fused_block, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
-  if (e == cudaSuccess) {
-    cudaLaunchConfig_t config = configure(attributes, multiprocessors / K, nullptr);
-    config.numAttrs = 1;
-    e = cudaOccupancyMaxActiveClusters(clusters, fused_block, &config);
-    if (*clusters > multiprocessors / K) *clusters = multiprocessors / K;
-  }
-  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
+  CHECK(cudaGetDevice(&device));
+  CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  CHECK(cudaFuncSetAttribute(fused_block, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)));
+  cudaLaunchConfig_t config = configure(attributes, multiprocessors / K, nullptr);
+  config.numAttrs = 1;
+  CHECK(cudaOccupancyMaxActiveClusters(clusters, fused_block, &config));
+  if (*clusters > multiprocessors / K) *clusters = multiprocessors / K;
+  return nullptr;
 }
 
 extern "C" const char* fused_launch(const void* const* pointers, int clusters, int first_layer,
                                     int last_layer, int lm_head, void* stream) {
   if (first_layer < 0 || first_layer >= last_layer || last_layer > L || (lm_head && last_layer < L))
     return "no such range of layers: take 0 <= first < last <= L, and the LM head with the last layer only";
-  Model m;
-  memcpy(&m, pointers, sizeof(Model));
+  const Model& m = *reinterpret_cast<const Model*>(pointers);
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configure(attributes, clusters, stream);
-  const cudaError_t e = cudaLaunchKernelEx(&config, fused_block, m, first_layer, last_layer, lm_head);
-  return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
-}
-
-// For tests on machines without a GPU: the division of work, and the derived sizes.
-extern "C" void fused_plan(int block, int blocks, int position, Plan* plan) {
-  *plan = make_plan(block, blocks, position);
-}
-extern "C" void fused_sizes(int* workers, int* stages, int* shared_bytes) {
-  *workers = WORKERS, *stages = STAGES, *shared_bytes = sizeof(Shared);
+  CHECK(cudaLaunchKernelEx(&config, fused_block, m, first_layer, last_layer, lm_head));
+  return nullptr;
 }
 
 // ----------------------------------------------------------------------------------------------------------
