@@ -73,10 +73,10 @@ def constants(config, arch="sm_90a", cluster=None, threads=256, rows=None, atten
             raise Refused(f"the fused kernel has no code for {what} {value}: run without fused")
     if c.eps != 1e-5:
         raise Refused(f"the fused kernel has LayerNorm eps 1e-5, not {c.eps}: run without fused")
-    if rows is None:
-        rows = 8 if SHARED_BYTES[arch] > 128 * 1024 else 2  # so that the ring holds two tiles and more
+    if rows is None:  # two stages of 16 to 20 KB; less where the ring would not hold two tiles
+        rows = 2 if SHARED_BYTES[arch] < 128 * 1024 else 8 if c.hidden < 4096 else 4
     if attention_kib is None:  # README.md has the measurements
-        attention_kib = 6 * cluster if c.hidden <= 1024 else 128 if c.hidden < 4096 else 48
+        attention_kib = 6 * cluster if c.hidden <= 1024 else 128 if 2048 < c.hidden < 4096 else 48
     return {"HIDDEN": c.hidden, "HEADS": c.n_head, "HEAD_SIZE": c.head_size, "ROTARY": c.rotary_dims,
             "MLP": c.mlp, "VOCAB": c.vocab, "LAYERS": c.n_layer, "CONTEXT": c.context, "CLUSTER": cluster,
             "THREADS": threads, "ROWS": rows, "ATTENTION_BYTES": attention_kib * 1024,

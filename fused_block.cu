@@ -184,7 +184,7 @@ constexpr int TEAM_WARPS = TEAM / LANES;        // warps of a team [10]; 1 where
 
 // Tiles and stages.
 constexpr int TILE_ROWS = R * TEAMS;            // rows in a tile, R for each team [8]
-constexpr int PARTS = R * PIECES < 16 ? 2 : 4;  // stages that a tile comes in, of 20 KB at most [2]
+constexpr int PARTS = 2;                        // stages that a tile comes in
 constexpr int STAGE_ROWS = TILE_ROWS / PARTS;   // [4]
 constexpr int STAGE_BYTES = STAGE_ROWS * C * 2; // [20480]
 constexpr int BIAS_HALFS = ceil_div(TILE_ROWS, 8) * 8 + 8;  // biases, copied from a multiple of 8 on [16]
