@@ -21,10 +21,12 @@ baselines, each with the best of its settings:
   compile              the same step under torch.compile, in a CUDA graph: default mode; and max-autotune,
                        which tunes by coordinate descent, with biases added apart, as inductor writes only
                        products without a bias itself
+  compile-static       the same with a static cache of a multiple of 256 positions, masked, and the token and
+                       its position on the device
   transformers         generate() with its defaults
   transformers-static  generate() with the static cache, which compiles itself
 graph and compile attend to a fixed number of positions, without a mask: one graph, one position. That is
-faster than anything that could go on to generate a text.
+faster than anything that could go on to generate a text, as compile-static can.
 """
 import argparse
 import copy
@@ -199,24 +201,27 @@ def time_eager(case):
     return {"us": us, "error": case.limit}
 
 
-def plain_step(case, own_layout=False, bias_apart=False, two_streams=False):
+def plain_step(case, own_layout=False, bias_apart=False, two_streams=False, static=0, written_out=False):
     """The decode step as PyTorch operators of fixed shapes: a function () -> (logits [1, V], token [1]).
 
     `own_layout` copies w_out and w_down into nn.Linear's layout, [outputs, inputs]; `bias_apart` adds biases
-    after the product; `two_streams` computes the MLP beside the attention.
+    after the product; `two_streams` computes the MLP beside the attention. With `static` positions in the
+    cache, the later ones masked, the step takes up its own token and advances; `written_out`: its attention
+    is products and sums.
     """
     case.fill()
-    model, c, pos, token = case.model, case.model.config, case.context, case.token.flatten()
+    model, c, pos, token = case.model, case.model.config, case.context, case.token.flatten().clone()
     C, NH, HS, R = c.hidden, c.n_head, c.head_size, c.rotary_dims
-    where = torch.tensor([pos], device=token.device)
+    where, end = torch.tensor([pos], device=token.device), static or pos + 1
+    positions = torch.arange(end, device=token.device)
     # RoPE for q, k and v alike, x * cos + x[partner] * sin, with cos 1 and sin 0 where nothing turns
     partner = torch.arange(HS, device=token.device)
     partner[:R] = partner[:R].roll(R // 2)
-    cos, sin = torch.ones(3, HS, device=token.device), torch.zeros(3, HS, device=token.device)
-    cos[:2, :R] = model.rope_cos[pos].repeat(2)
-    sin[:2, :R] = torch.cat((-model.rope_sin[pos], model.rope_sin[pos]))
+    cos, sin = (table(end, 3, HS, device=token.device) for table in (torch.ones, torch.zeros))
+    cos[:, :2, :R] = model.rope_cos[:end].repeat(1, 2)[:, None]
+    sin[:, :2, :R] = torch.cat((-model.rope_sin[:end], model.rope_sin[:end]), 1)[:, None]
     layout = torch.Tensor.contiguous if own_layout else torch.Tensor.detach
-    layers = [(b, kv[..., :pos + 1, :].clone(), layout(b.w_out.T), layout(b.w_down.T))
+    layers = [(b, kv[..., :end, :].nan_to_num(), layout(b.w_out.T), layout(b.w_down.T))
               for b, kv in zip(model.blocks, case.cache)]
     side = torch.cuda.Stream() if two_streams else None
 
@@ -225,9 +230,16 @@ def plain_step(case, own_layout=False, bias_apart=False, two_streams=False):
 
     def attention(x, b, kv, w_out):                                               # kv [2, 1, NH, pos+1, HS]
         qkv = linear(F.layer_norm(x, (C,), b.ln1_w, b.ln1_b, c.eps), b.w_qkv, b.b_qkv).view(NH, 3, HS)
-        qkv = (qkv * cos + qkv[..., partner] * sin).to(x.dtype)
+        at = where if static else pos
+        qkv = (qkv * cos[at] + qkv[..., partner] * sin[at]).to(x.dtype)
         kv.index_copy_(3, where, qkv[:, 1:].transpose(0, 1).reshape(2, 1, NH, 1, HS))
-        o = F.scaled_dot_product_attention(qkv[:, 0].reshape(1, NH, 1, HS), kv[0], kv[1])
+        q, mask = qkv[:, 0].reshape(1, NH, 1, HS), (positions <= where)[None, None, None] if static else None
+        if written_out:
+            scores = (q.float() * kv[0]).sum(-1) / HS**0.5                        # [1, NH, static]
+            p = scores.masked_fill(~mask[:, 0], -torch.inf).softmax(-1)
+            o = (p[..., None] * kv[1]).sum(2).to(x.dtype)
+        else:
+            o = F.scaled_dot_product_attention(q, kv[0], kv[1], mask)
         return linear(o.reshape(1, C), w_out, b.b_out)
 
     def mlp(x, b, w_down):
@@ -247,38 +259,55 @@ def plain_step(case, own_layout=False, bias_apart=False, two_streams=False):
             torch.cuda.current_stream().wait_stream(side)
             x = x + (attn + added)
         logits = F.linear(F.layer_norm(x, (C,), model.lnf_w, model.lnf_b, c.eps), model.embed_out)
-        return logits, logits.argmax(-1)
-    return step
+        chosen = logits.argmax(-1)
+        if static:
+            token.copy_(chosen)
+            where.add_(1)
+        return logits, chosen
+
+    def reset(at):
+        where.fill_(at)
+        token.copy_(case.token.flatten())
+    return step, reset
 
 
-def time_captured(case, step):
-    """Times replays of a CUDA graph of `step`."""
+def time_captured(case, step, reset):
+    """Times replays of a CUDA graph of `step`; `reset(at)` makes the case's token at `at` the next."""
     started = time.perf_counter()
     for _ in range(3):                                                            # compiles, tunes, allocates
+        reset(case.context)
         step()
     torch.cuda.synchronize()
     seconds, graph = time.perf_counter() - started, torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits, _ = step()
+    reset(case.context)
     graph.replay()
     error = case.check(logits, times=2)
-    return {"us": sample(graph.replay), "error": error, "warm_up_s": seconds}
+    return {"us": sample(graph.replay, lambda: reset(case.start)), "error": error, "warm_up_s": seconds}
 
 
 def time_graph(case):
     def captured(**setting):
-        return time_captured(case, plain_step(case, **setting))
+        return time_captured(case, *plain_step(case, **setting))
     return best_of({"one stream": captured, "two streams": functools.partial(captured, two_streams=True),
                     "one stream, [out, in]": functools.partial(captured, own_layout=True),
                     "two streams, [out, in]": functools.partial(captured, own_layout=True, two_streams=True)})
 
 
-def time_compile(case):
-    def compiled(mode, bias_apart):
-        step = plain_step(case, own_layout=True, bias_apart=bias_apart)
-        return time_captured(case, torch.compile(step, mode=mode, fullgraph=True, dynamic=False))
-    return best_of({"default mode": lambda: compiled("default", False),
-                    "max-autotune": lambda: compiled("max-autotune-no-cudagraphs", True)})
+def time_compile(case, **setting):
+    def compiled(mode, **setting):
+        step, reset = plain_step(case, own_layout=True, **setting)
+        return time_captured(case, torch.compile(step, mode=mode, fullgraph=True, dynamic=False), reset)
+    tuned = functools.partial(compiled, "max-autotune-no-cudagraphs", bias_apart=True, **setting)
+    settings = {"default mode": functools.partial(compiled, "default", **setting), "max-autotune": tuned}
+    if setting:
+        settings["max-autotune, attention written out"] = functools.partial(tuned, written_out=True)
+    return best_of(settings)
+
+
+def time_compile_static(case):
+    return time_compile(case, static=-(-(case.context + 1) // 256) * 256)
 
 
 def sentence(error):
@@ -355,7 +384,8 @@ def time_first(generate):
     return {"us": us[3:]}
 
 
-BASELINES = {"eager": time_eager, "graph": time_graph, "compile": time_compile, "transformers": time_generate,
+BASELINES = {"eager": time_eager, "graph": time_graph, "compile": time_compile,
+             "compile-static": time_compile_static, "transformers": time_generate,
              "transformers-static": functools.partial(time_generate, cache_implementation="static")}
 ABLATIONS = {"as shipped": {}, **{f"clusters of {k}": {"cluster": k} for k in (1, 2, 4, 8)},
              **{f"{n} threads at least": {"threads": n} for n in (128, 256, 512)},
