@@ -1958,6 +1958,22 @@ def test_simulated_steps(simulated, config, steps):
 
 
 @torch.inference_mode()
+def test_simulated_ranges(simulated):
+    """A step in launches of some of its layers each has the bits of a step in one launch."""
+    fused, L = simulated(random_half(SMALL, "cpu"), 3, cluster=2), SMALL.n_layer
+    fused.cache.normal_(generator=torch.Generator().manual_seed(0))
+
+    def logits(*cuts):
+        fused.start(7, 100)
+        for first, last in pairwise(cuts):
+            fused.launch(first, last, lm_head=last == L)
+        return fused.logits.clone()
+    whole, ranges = logits(0, L), ((0, 1, L), (0, 2, L), (0, 1, 2, L), (0, L))
+    unlike = sum(not torch.equal(logits(*cuts), whole) for cuts in ranges)
+    report("on a CPU", f"steps in several launches, of {len(ranges)}, with other bits", unlike)
+
+
+@torch.inference_mode()
 def test_simulated_edges(simulated):
     model = random_half(SMALL, "cpu")
     report_edges("edges on a CPU", model, simulated(model, 3, cluster=2))
@@ -1977,6 +1993,8 @@ WAITS = {  # of the kernel's syncs
         "123FE", ("QKV", "SLICE", "SUMS", "FULL", "EMPTY"), strict=True)},
     "(4)": r"\(int\)\(\(seen = [^;]* < 0(?=;\))",
     "(E), of a warp's lanes": r"__syncwarp\(\)(?=;\s+// \(E\))",
+    "(F), in axpy_tile": r"wait_full\(\)(?=;  // \(F\)\n(?:.*\n){2}.* of_row)",
+    "(F), in attend": r"wait_full\(\)(?=;  // \(F\)\n.* \*k = )",
     "(f), at the end": r"\w+_sync\(\)(?=;\s+// \(f\), for)",
     "nothing": "one decode step of Pythia"}  # in a comment: a control
 
@@ -1985,6 +2003,10 @@ def simulated_syncs(folder):
     """Prints how many of 9 orders give other bits, and for each of WAITS the first that shows its absence, by
     other bits or a launch that does not end."""
     model, orders = random_half(SMALL, "cpu"), {"nothing": 20}
+    k = kernel_constants(build.constants(SMALL, cluster=2))
+    # a ring of two tiles: copies come at the last moment
+    extra = {"SHARED_BYTES": k.FIXED_BYTES + 2 * k.PARTS * (k.STAGE_BYTES + 2 * k.BIAS_HALFS + 16)}
+    decoder = functools.partial(Simulated, Path(folder), model, 3, cluster=2, extra=extra)
     cache = model.new_cache().normal_(generator=torch.Generator().manual_seed(0))
 
     @torch.inference_mode()
@@ -2002,14 +2024,14 @@ def simulated_syncs(folder):
         instead = "named_barrier(0, WORKERS + 32)" if sync == "(0)" else "false"
         source, n = re.subn(WAITS[sync], instead, SOURCE)
         assert n == 1, f"sync {sync} has {n} waits"
-        fused = Simulated(Path(folder), model, 3, source=source, cluster=2)
+        fused = decoder(source=source)
         while fused.seed < orders.get(sync, 100):
             with suppress(RuntimeError):
                 if torch.equal(result(fused), right):
                     continue
             return fused.seed
         return math.inf
-    fused = Simulated(Path(folder), model, 3, cluster=2)
+    fused = decoder()
     right = result(fused)
     unlike = sum(not torch.equal(result(fused), right) for _ in range(9))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
