@@ -25,8 +25,8 @@ baselines, each with the best of its settings:
                        its position on the device
   transformers         generate() with its defaults
   transformers-static  generate() with the static cache, which compiles itself
-graph and compile attend to a fixed number of positions, without a mask: one graph, one position. That is
-faster than anything that could go on to generate a text, as compile-static can.
+graph and compile attend to a fixed number of positions, without a mask: one graph, one position. They could
+not go on to generate a text, as compile-static could.
 """
 import argparse
 import copy
@@ -650,7 +650,7 @@ def plots(name, data):
         "savefig.transparent": True, "axes.spines.top": False, "axes.spines.right": False, **dict.fromkeys(
             ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), grey)})
     colours = dict(zip(("fused", *BASELINES), (
-        "#0072B2", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#E69F00")))
+        "#0072B2", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#E69F00", "#F0E442"), strict=True))
     images = [draw_timeline(plt, name, data["gpu"], row)
               for row in data["rows"].values() if "marks_us" in row]
     rows = [row | {"what": key.split()[-1], "ms": median(row["us"]) / 1e3, "floor": row["floor_us"] / 1e3,
@@ -667,7 +667,7 @@ def plots(name, data):
             ax.plot(*zip(*points), **({"color": grey, "linestyle": "--"} if y == "floor" else {
                 "marker": "o", "markersize": 4}) | style)
 
-    line(size, short, "bytes", "floor", label="floor")
+    line(size, [r for r in short if r["what"] == "fused"], "bytes", "floor", label="floor")
     for what, colour in colours.items():
         line(size, [r for r in short if r["what"] == what], "bytes", "ms", color=colour, label=what)
     names = {row["bytes"]: row["model"].removeprefix("pythia-") for row in rows}
