@@ -5,9 +5,9 @@
 //
 // The kernel may depend on no order but that of its syncs, so all else comes in a random one: warps take
 // turns in any order, and some dawdle; copies, pushes and additions to x arrive late, in any order; where a
-// copy will land, as in all shared memory at first, there is NaN. The same seed gives the same order. What
-// this does not show: time; what two threads do between two waits, which never interleaves; and threads that
-// see the same stores in different orders.
+// copy will land, as in all shared memory at first, there is NaN. A copy from beyond a tensor ends the launch.
+// The same seed gives the same order. What this does not show: time; what two threads do between two waits,
+// which never interleaves; and threads that see the same stores in different orders.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -91,6 +91,9 @@ bool trapped;
 bool lost;  // something was on its way to a block that is gone
 int idle;  // turns in which nothing has happened; clock64 runs by it, and simulate ends by it
 Index gridDim;
+const void* const* tensors;  // what the kernel's Model points to
+const long long* tensor_bytes;
+size_t n_tensors;
 #define threadIdx (fiber->thread)
 #define blockIdx (fiber->block)
 
@@ -178,9 +181,15 @@ void push4(uint32_t to, const float* v, uint32_t barrier) {
   if (to % 16) __trap();
   for (int i = 0; i < 4; i++) push(to + 4 * i, v[i], barrier);
 }
+void check_read(const void* from, int bytes) {  // all of it lies in one of the tensors
+  for (size_t i = 0; i < n_tensors; i++)
+    if (from >= tensors[i] && (char*)from + bytes <= (char*)tensors[i] + tensor_bytes[i]) return;
+  __trap();
+}
 uint64_t read_once_policy() { return 0; }
 void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint64_t) {
   if ((address(blockIdx.x, to) | (uintptr_t)from | bytes) % 16) __trap();
+  check_read(from, bytes);
   memset(to, 0xff, bytes);
   send([=, own = blockIdx.x] { memcpy(to, from, bytes); land(own, full, bytes); });
 }
@@ -193,7 +202,7 @@ void arrive_release(unsigned* counter) {  // after all additions that its block 
   ++*counter, idle = 0;
 }
 unsigned load_acquire(const unsigned* counter) { yield(); return *counter; }
-uint4 load16(const half* p) { return *(const uint4*)p; }
+uint4 load16(const half* p) { check_read(p, 16); return *(const uint4*)p; }
 void named_barrier(int id, int threads) { meet(block().named[id], threads); }
 unsigned long long global_ns() { return 0; }
 
@@ -238,8 +247,9 @@ void arrive_some() {
 
 // Like fused_launch, in the order that `seed` gives. Returns whether the launch ended by itself, and nothing
 // was on its way to a block that had ended.
-extern "C" __attribute__((visibility("default"))) int simulate(const void* const* pointers, int n_clusters,
-    int first_layer, int last_layer, int lm_head, unsigned seed) {
+extern "C" __attribute__((visibility("default"))) int simulate(const void* const* pointers,
+    const long long* bytes, int n_clusters, int first_layer, int last_layer, int lm_head, unsigned seed) {
+  tensors = pointers, tensor_bytes = bytes, n_tensors = sizeof(Model) / sizeof(void*);
   const int n_blocks = n_clusters * CLUSTER, warps = WORKERS / 32 + 1;
   kernel = [=] { fused_block(*(const Model*)pointers, first_layer, last_layer, lm_head); };
   gridDim.x = n_blocks;

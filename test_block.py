@@ -268,6 +268,8 @@ def test_formats(form, tmp_path):
     report(what, "tensors loaded as fp16 unlike those cast to fp16", wrong)
     report(what, "matrices that are not contiguous rows of C",
            sum(not w.is_contiguous() or w.shape[1] != 64 for w in model.parameters() if w.ndim == 2))
+    matrices = sum(w.numel() for w in model.parameters() if w.ndim == 2)
+    report(what, "weights in matrices unlike the config's count", abs(matrices - model.config.weights))
     report(what, "files changed by loading", sum(path.read_bytes() != old for path, old in before.items()))
 
 
@@ -1901,8 +1903,9 @@ class Simulated(Fused):
 
     def launch(self, first_layer, last_layer, lm_head):
         def synchronize():
-            if not self.library.simulate(self.pointers, self.clusters, first_layer, last_layer, int(lm_head),
-                                         self.seed):
+            sizes = (ctypes.c_longlong * len(self.tensors))(*(t.nbytes for t in self.tensors))
+            if not self.library.simulate(self.pointers, sizes, self.clusters, first_layer, last_layer,
+                                         int(lm_head), self.seed):
                 raise RuntimeError("the launch did not end as it should")
         self.seed += 1
         self.wait(SimpleNamespace(synchronize=synchronize))
