@@ -22,7 +22,7 @@ baselines, each with the best of its settings:
                        which tunes by coordinate descent, with biases added apart, as inductor writes only
                        products without a bias itself
   compile-static       the same with a static cache of a multiple of 256 positions, masked, and the token and
-                       its position on the device
+                       its position on the device; also with attention written out as products and sums
   transformers         generate() with its defaults
   transformers-static  generate() with the static cache, which compiles itself
 graph and compile attend to a fixed number of positions, without a mask: one graph, one position. They could
