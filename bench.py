@@ -202,7 +202,8 @@ def time_eager(case):
 
 
 def plain_step(case, own_layout=False, bias_apart=False, two_streams=False, static=0, written_out=False):
-    """The decode step as PyTorch operators of fixed shapes: a function () -> (logits [1, V], token [1]).
+    """The decode step as PyTorch operators of fixed shapes, in two functions: step() -> (logits [1, V], token
+    [1]), and reset(at), which makes the case's token at position `at` the next.
 
     `own_layout` copies w_out and w_down into nn.Linear's layout, [outputs, inputs]; `bias_apart` adds biases
     after the product; `two_streams` computes the MLP beside the attention. With `static` positions in the
@@ -228,7 +229,7 @@ def plain_step(case, own_layout=False, bias_apart=False, two_streams=False, stat
     def linear(x, w, b):
         return F.linear(x, w) + b if bias_apart else F.linear(x, w, b)
 
-    def attention(x, b, kv, w_out):                                               # kv [2, 1, NH, pos+1, HS]
+    def attention(x, b, kv, w_out):                                               # kv [2, 1, NH, end, HS]
         qkv = linear(F.layer_norm(x, (C,), b.ln1_w, b.ln1_b, c.eps), b.w_qkv, b.b_qkv).view(NH, 3, HS)
         at = where if static else pos
         qkv = (qkv * cos[at] + qkv[..., partner] * sin[at]).to(x.dtype)
@@ -272,7 +273,7 @@ def plain_step(case, own_layout=False, bias_apart=False, two_streams=False, stat
 
 
 def time_captured(case, step, reset):
-    """Times replays of a CUDA graph of `step`; `reset(at)` makes the case's token at `at` the next."""
+    """Times replays of a CUDA graph of `step`; both are of plain_step."""
     started = time.perf_counter()
     for _ in range(3):                                                            # compiles, tunes, allocates
         reset(case.context)
@@ -555,7 +556,7 @@ def timeline(name, args, results):
 
 def report():
     """Every results/bench-*.json as tables on standard output and in README.md, and as plots in assets/."""
-    paths = sorted((HERE / "results").glob("bench-*.json"))
+    paths = sorted((HERE / "results").glob("bench-*.json"), key=lambda path: path.stem)
     files = {path.stem: json.loads(path.read_text()) for path in paths}
     if not files:
         raise Refused("results/ holds no bench-*.json: run bench.py on a GPU first")
@@ -656,7 +657,7 @@ def plots(name, data):
     rows = [row | {"what": key.split()[-1], "ms": median(row["us"]) / 1e3, "floor": row["floor_us"] / 1e3,
                    "bytes": token_bytes(Config.from_name(row["model"]), 0)}
             for key, row in data["rows"].items() if row["kind"] == "step" and "us" in row]
-    if not rows:
+    if len({row["context"] for row in rows}) < 2:  # too little for a plot
         return images
     few = min(row["context"] for row in rows)
     short, fused = [r for r in rows if r["context"] == few], [r for r in rows if r["what"] == "fused"]

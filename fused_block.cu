@@ -29,8 +29,8 @@
 //     L layers, and V*C*2 bytes of the LM head    5.291 GB / 4.58 TB/s = 1155   us a token
 //     keys and values of T tokens: 4*C*T bytes     1.31 MB / 4.58 TB/s =    0.3 us a layer at T = 128
 //
-// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (bench.py measured 4.44 to 4.65 on
-// several): 34.7 KB a us for one of its 132 multiprocessors. README.md has what a token takes. The aim of
+// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (bench.py measured 4.44 and 4.65 on
+// two of them): 34.7 KB a us for one of its 132 multiprocessors. README.md has what a token takes. The aim of
 // all that follows: memory does not wait for arithmetic.
 //
 // How to read. Chapter 1 is the picture, 2 the syncs, 3 and 4 the sizes and places. Then chapter 8, the
