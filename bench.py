@@ -522,7 +522,7 @@ def ablate(name, args, results):
         fused, graph = model.fuse(cache=case.cache), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for i in range(L):
-                fused.launch(i, i + 1, i == L - 1)
+                fused.launch(i, i + 1, tokens=int(i == L - 1))
         return time_fused(case, fused, graph.replay)
     for what, tuning in (ABLATIONS | {"no graph": {"graph": False}}).items():
         results.add("ablation", name, case.context, what, functools.partial(variant, **tuning))

@@ -49,7 +49,7 @@ def default_cluster(config, sms=132):
     return 8
 
 
-def constants(config, arch="sm_90a", cluster=None, threads=256, rows=None, attention_kib=None, sms=132,
+def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, attention_kib=None, sms=132,
               extra=None):
     """The kernel's -D constants {name: int} for a Config, on a GPU of `sms` multiprocessors.
 
@@ -75,7 +75,9 @@ def constants(config, arch="sm_90a", cluster=None, threads=256, rows=None, atten
         raise Refused(f"the fused kernel has LayerNorm eps 1e-5, not {c.eps}: run without fused")
     if rows is None:  # two stages of 16 to 20 KB; less where the ring would not hold two tiles
         rows = 2 if SHARED_BYTES[arch] < 128 * 1024 else 8 if c.hidden < 4096 else 4
-    if attention_kib is None:  # README.md has the measurements
+    if threads is None:  # README.md has the measurements of this and the next
+        threads = 384 if c.hidden < 1024 else 256
+    if attention_kib is None:
         attention_kib = 6 * cluster if c.hidden <= 1024 else 128 if 2048 < c.hidden < 4096 else 48
     return {"HIDDEN": c.hidden, "HEADS": c.n_head, "HEAD_SIZE": c.head_size, "ROTARY": c.rotary_dims,
             "MLP": c.mlp, "VOCAB": c.vocab, "LAYERS": c.n_layer, "CONTEXT": c.context, "CLUSTER": cluster,
@@ -87,6 +89,7 @@ def flags(defines, arch):
     """nvcc's arguments."""
     number = arch.removeprefix("sm_")
     return ["-O3", "-std=c++17", f"-gencode=arch=compute_{number},code={arch}", "-Xptxas=-v",
+            "-ftz=true", "-prec-div=false",  # branches fewer: subnormal floats are 0, a / b has 2 ulp
             *(f"-D{name}={value}" for name, value in defines.items())]
 
 

@@ -69,8 +69,7 @@ def kernel_constants(defines):
 
 # ---- who does what -----------------------------------------------------------------------------------------
 
-Plan = namedtuple("Plan", "rank cluster clusters first_unit last_unit filler first_token last_token "
-                          "first_row last_row")
+Plan = namedtuple("Plan", "rank cluster clusters first_unit last_unit filler first_token last_token")
 
 
 def make_plan(k, block, blocks, position):
@@ -91,8 +90,12 @@ def make_plan(k, block, blocks, position):
     filler = ceil_div(ceil_div(last_unit - first_unit, shares), k.TILE_ROWS) * k.TILE_ROWS
     tokens = ceil_div(position, k.K)
     first_token, last_token = min(tokens * rank, position), min(tokens * (rank + 1), position)
-    return Plan(rank, cluster, clusters, first_unit, last_unit, filler, first_token, last_token,
-                k.V * block // blocks, k.V * (block + 1) // blocks)
+    return Plan(rank, cluster, clusters, first_unit, last_unit, filler, first_token, last_token)
+
+
+def lm_head_row(k, block, blocks):
+    """The first row of the LM head that a block has."""
+    return k.V * block // blocks
 
 
 # What a stage of the ring holds: n rows of a matrix from `first` on, with the biases of `biases` rows; or, as
@@ -100,8 +103,8 @@ def make_plan(k, block, blocks, position):
 Stage = namedtuple("Stage", "matrix layer head first n biases bytes")
 
 
-def producer(k, plan, first_layer, last_layer, lm_head):
-    """Yields a block's Stages in the order in which its producer copies them."""
+def producer(k, block, blocks, position, first_layer, last_layer, lm_head):
+    """Yields a block's Stages for one token in the order in which its producer copies them."""
     def rows(matrix, layer, first, last):
         for row in range(first, last, k.TILE_ROWS):
             n = min(k.TILE_ROWS, last - row)
@@ -121,6 +124,7 @@ def producer(k, plan, first_layer, last_layer, lm_head):
             n = min(k.KV_TOKENS, last - t)
             yield Stage("kv", layer, head, t, n, 0, 2 * n * k.HS * 2)
 
+    plan = make_plan(k, block, blocks, position)
     for layer in range(first_layer, last_layer):
         unit = plan.first_unit
         for h in range(plan.cluster, k.NH, plan.clusters):
@@ -134,7 +138,7 @@ def producer(k, plan, first_layer, last_layer, lm_head):
             yield from rows("w_out", layer, out, out + k.OUT_ROWS)
         yield from units(layer, unit, plan.last_unit)
     if lm_head:
-        yield from rows("embed_out", -1, plan.first_row, plan.last_row)
+        yield from rows("embed_out", -1, lm_head_row(k, block, blocks), lm_head_row(k, block + 1, blocks))
 
 
 # ---- the workers -------------------------------------------------------------------------------------------
@@ -145,9 +149,9 @@ class Worker:
 
     def __init__(self, grid, block):
         k = self.k = grid.k
-        self.grid, self.plan = grid, make_plan(k, block, grid.blocks, grid.position)
+        self.grid, self.block, self.plan = grid, block, make_plan(k, block, grid.blocks, grid.position)
         self.carries_x = block == grid.blocks - 1
-        self.ring = producer(k, self.plan, *grid.range)
+        self.ring = producer(k, block, grid.blocks, grid.position, *grid.range)
         self.qkv = np.full(3 * k.HS, np.nan)                                # (1) inbox
         self.slice_o = np.full((k.K, k.OUT_ROWS), np.nan)                   # (2) inbox
         self.slice_ml = np.full((k.K, 2), np.nan)                           # (2) inbox
@@ -310,8 +314,9 @@ class Worker:
     def lm_head(self, x):
         """S10: writes this block's logits, returns the best of them, packed with its token."""
         k, best = self.k, 0
-        for first in range(self.plan.first_row, self.plan.last_row, k.TILE_ROWS):
-            n = min(k.TILE_ROWS, self.plan.last_row - first)
+        first_row, last_row = (lm_head_row(k, self.block + i, self.grid.blocks) for i in (0, 1))
+        for first in range(first_row, last_row, k.TILE_ROWS):
+            n = min(k.TILE_ROWS, last_row - first)
             self.grid.logits[first:first + n] = logits = self.dot_tile(x, n, 0, False)
             best = max(best, *(pack(logit, first + i) for i, logit in enumerate(logits)))
         return best
@@ -449,7 +454,7 @@ def explain(name, cluster=None, arch="sm_90a", sms=132, position=128, clusters=N
     work = []  # of each block: heads, hidden units, KB of heads, of K/V, of units, of all
     for block in range(blocks):
         plan, kb = make_plan(k, block, blocks, position), Counter()
-        for stage in producer(k, plan, 0, 1, False):
+        for stage in producer(k, block, blocks, position, 0, 1, False):
             kb[stage.matrix] += stage.bytes / 1e3
         heads, units = range(plan.cluster, k.NH, clusters), plan.last_unit - plan.first_unit
         of_heads, of_units = kb["w_qkv"] + kb["w_out"], kb["w_up"] + kb["w_down"]

@@ -1,4 +1,4 @@
-// fused_block.cu: one decode step of Pythia in one kernel launch.
+// fused_block.cu: decode steps of Pythia, several of them in one kernel launch.
 //
 // ----------------------------------------------------------------------------------------------------------
 // 0. What it does, what it costs, how to read it
@@ -230,14 +230,14 @@ struct Layer {  // weights, fp16, read only; the matrices are rows of C (see mod
   const half *w_down, *b_down;                // [F] rows, [C]
 };
 
-struct State {  // global memory, kept between launches; the last block to finish readies it
-  int token;                // read by the next launch; the argmax of this one, or -1 if it is not finite
-  int position;             // tokens in the cache
-  unsigned rotation;        // which of the three residual buffers holds x
-  unsigned arrivals;        // what `counter` has reached when no launch runs
-  unsigned counter;         // (4): one arrival a block and layer, never reset
-  unsigned finished;        // blocks that are done with this launch
-  unsigned long long best;  // largest logit so far, with its token; see S10
+struct State {  // global memory, kept between launches; all but the last two as the launch before left it
+  int token;                   // the next to be read: the last argmax, or -1 if that is not finite
+  int position;                // tokens in the cache
+  unsigned rotation;           // which of the three residual buffers holds x
+  unsigned turn;               // which of `best` is the next to be used
+  unsigned arrivals;           // what `counter` has reached when no launch runs
+  unsigned counter;            // (4): one arrival a block and layer, never reset
+  unsigned long long best[2];  // largest logit so far, with its token, see S10; one is being cleared
 };
 
 // Host memory: the report of a launch that gives up; seen: at (4) how many blocks lack, elsewhere the parity.
@@ -267,13 +267,12 @@ struct Model {  // the kernel's one parameter: pointers only, the same for every
 // before one clears it, it is clear before one adds, all sums are in it before one reads. Between launches,
 // the end of the launch stands for (4).
 
-// Who does what in this launch. Depends on block, grid and position alone: every run divides work alike.
+// Who does what for a token. Depends on block, grid and position alone: every run divides work alike.
 struct Plan {
   int rank, cluster, clusters;
   int first_unit, last_unit;    // hidden units of this block, in every layer
   int filler;                   // of these, how many to do while (1), and again while (2), is on its way
   int first_token, last_token;  // cached tokens of this rank, for every head
-  int first_row, last_row;      // LM-head rows of this block
 };
 
 // One block's shared memory: 231936 bytes of 2.8b. Chapter 2 says when an inbox is free again. What the copy
@@ -291,16 +290,18 @@ struct alignas(128) Shared {                        // bytes      what; writer -
       part_l[WARPS];                                // 3280       (e) of a warp's tokens; S5 -> S5; next (d)
   float dots[2][TEAMS][R][TEAM_WARPS];              // 640        (c) two in turn, see dot_tile
   float stats[TEAMS][TEAM_WARPS][2];                // 80         (b) mean, squares; S1 -> S1; next (a)
-  float rope_cos[ROT / 2], rope_sin[ROT / 2];       // 80         (0) of this position; the whole launch
-  Plan plan;                                        // 40         (0) this block's; the whole launch
-  unsigned rotation, arrivals;                      // 8          (0) of State, as the launch found them
+  float rope_cos[ROT / 2], rope_sin[ROT / 2];       // 80         (0) of this position; until S10
+  Plan plan;                                        // 32         (0) this block's; until S10
   int layer;                                        // 4          for the report of a failure
   uint64_t full[STAGES], empty[STAGES];             // 160        (F), (E)
   uint64_t qkv_ready, slice_ready, sums_ready;      // 24         (1), (2), (3)
+  uint64_t token_ready, workers_done;               // 16         (h); for the producer to leave last
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory: FIXED_BYTES is wrong");
 
-enum SyncId { SYNC_QKV = 1, SYNC_SLICE, SYNC_SUMS, SYNC_GRID, SYNC_FULL, SYNC_EMPTY };  // in Failure::sync
+enum SyncId {  // in Failure::sync
+  SYNC_QKV = 1, SYNC_SLICE, SYNC_SUMS, SYNC_GRID, SYNC_FULL, SYNC_EMPTY, SYNC_TOKEN
+};
 
 // For tests and measurements, all at compile time, so that the product pays nothing:
 //
@@ -373,14 +374,22 @@ __device__ void barrier_expect(uint64_t* b, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                :: "r"(smem(b)), "r"(bytes) : "memory");
 }
-// Whether the phase is complete; sleeps a while if not. Acquires at cluster scope: what peers pushed, and did
-// before, is visible to the thread that asked, and to that thread only, so every reader asks for itself.
-__device__ bool barrier_passed(uint64_t* b, uint32_t parity) {
-  uint32_t passed;
+// Whether the phase is still open; sleeps a while if so. Acquires: what was counted is visible to the thread
+// that asked, and to that thread only, so every reader asks for itself.
+__device__ bool barrier_open(uint64_t* b, uint32_t parity) {
+  uint32_t open;
+  asm volatile("{\n.reg .pred p;\n"
+               "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
+               "selp.u32 %0, 0, 1, p;\n}" : "=r"(open) : "r"(smem(b)), "r"(parity) : "memory");
+  return open;
+}
+// The same for what peers pushed: at cluster scope, which empties the L1 cache every time.
+__device__ bool pushes_open(uint64_t* b, uint32_t parity) {
+  uint32_t open;
   asm volatile("{\n.reg .pred p;\n"
                "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-               "selp.u32 %0, 1, 0, p;\n}" : "=r"(passed) : "r"(smem(b)), "r"(parity) : "memory");
-  return passed;
+               "selp.u32 %0, 0, 1, p;\n}" : "=r"(open) : "r"(smem(b)), "r"(parity) : "memory");
+  return open;
 }
 // Peers and the copy engine see the barriers initialised so far; without it they may count on garbage.
 __device__ void barriers_exist() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
@@ -403,11 +412,20 @@ __device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* 
       :: "r"(smem(to)), "l"(from), "r"(bytes), "r"(smem(full)), "l"(policy) : "memory");
 }
 
+// What threads have stored so far, and this thread has acquired, is there for its bulk copies too: they are
+// another way to memory (a proxy), which no other sync orders.
+__device__ void order_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
 // Global memory that other blocks write during the launch. Relaxed: no order with anything else, that is
 // (4)'s part; but read in L2, where additions are made. A plain load may find an earlier layer's x in L1.
 __device__ longlong2 load_relaxed(const long long* p) {
   longlong2 v;
   asm volatile("ld.relaxed.gpu.global.v2.s64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p));
+  return v;
+}
+__device__ unsigned long long load_relaxed(const unsigned long long* p) {
+  unsigned long long v;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p));
   return v;
 }
 // An addition of which no result comes back: nobody waits for it, as an atomicAdd's caller may have to.
@@ -446,8 +464,9 @@ __device__ unsigned long long global_ns() {  // one clock for all blocks; clock6
   unsigned long long t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t;
 }
 
-// Every wait in this file ends: past PATIENCE the first to lose it writes down what it waited for, in host
-// memory that outlives the launch, and the trap ends all blocks, and with them the process's CUDA context.
+// Every launch ends: past PATIENCE the first to lose it writes down what it waited for, in host memory that
+// outlives the launch, and the trap ends all blocks, and with them the process's CUDA context. Workers at (F)
+// have no patience to lose, which would be code in the innermost loops: their producer loses it for them.
 constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
 
 __device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int seen) {
@@ -461,10 +480,11 @@ __device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int 
 }
 
 __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t parity, SyncId sync) {
-  if (barrier_passed(barrier, parity)) return;
-  // The producer, at (E), waits for workers, and they know the cause: they get to report it.
-  const long long patience = sync == SYNC_EMPTY ? 2 * PATIENCE : PATIENCE, start = clock64();
-  while (!barrier_passed(barrier, parity))
+  const bool by_peers = sync <= SYNC_SUMS;
+  if (!(by_peers ? pushes_open(barrier, parity) : barrier_open(barrier, parity))) return;
+  // The producer waits for workers, and they know the cause: they get to report it.
+  const long long patience = by_peers ? PATIENCE : 2 * PATIENCE, start = clock64();
+  while (by_peers ? pushes_open(barrier, parity) : barrier_open(barrier, parity))
     if (clock64() - start > patience) give_up(m.failure, sync, s.layer, parity);
 }
 
@@ -561,9 +581,16 @@ __device__ Plan make_plan(int block, int blocks, int position) {
   const int tokens = ceil_div(position, K);
   p.first_token = tokens * p.rank < position ? tokens * p.rank : position;
   p.last_token = p.first_token + tokens < position ? p.first_token + tokens : position;
-  p.first_row = V * block / blocks;
-  p.last_row = V * (block + 1) / blocks;
   return p;
+}
+
+__device__ int lm_head_row(int block) { return V * block / (int)gridDim.x; }  // the first that a block has
+
+__device__ void load_rope(const Model& m, Shared& s, int position, int threads) {
+  for (int i = threadIdx.x; i < ROT / 2; i += threads) {
+    s.rope_cos[i] = m.rope_cos[position * (ROT / 2) + i];
+    s.rope_sin[i] = m.rope_sin[position * (ROT / 2) + i];
+  }
 }
 
 struct Ring {  // a place in the ring: the next stage, and the parity of the phase it is in
@@ -588,6 +615,7 @@ struct Producer {
   Shared& s;
   const uint64_t policy = read_once_policy();
   Ring ring;
+  uint32_t token_parity = 0;
 
   __device__ void claim(uint32_t bytes) {
     // (E) A new barrier answers as if a phase of parity 1 were complete, so the first lap does not wait.
@@ -618,7 +646,7 @@ struct Producer {
       rows(w.w_down, nullptr, j, min(j + TILE_ROWS, last));
     }
   }
-  // Old tokens only: the copy engine may miss what this launch stores. S5 has the new one in k_new and v_new.
+  // Not the newest token, which is still on its way to the cache: S5 has it in k_new and v_new.
   __device__ void tokens(const half* k, const half* v, int first, int last) {
     for (int t = first; t < last; t += KV_TOKENS) {
       const int bytes = min(KV_TOKENS, last - t) * HS * 2;
@@ -628,7 +656,8 @@ struct Producer {
       ring.next();
     }
   }
-  __device__ void run(const Plan& plan, int first_layer, int last_layer, bool lm_head) {
+  __device__ void token(int first_layer, int last_layer, int position, bool is_first) {
+    const Plan plan = make_plan(blockIdx.x, gridDim.x, position);
     for (int layer = first_layer; layer < last_layer; layer++) {
       const Layer& w = m.layers[layer];
       int unit = plan.first_unit;
@@ -637,6 +666,11 @@ struct Producer {
         rows(w.w_qkv, w.b_qkv, qkv, qkv + QKV_ROWS);
         units(w, unit, min(unit + plan.filler, plan.last_unit));
         unit = min(unit + plan.filler, plan.last_unit);
+        if (!is_first && layer == 0 && h == plan.cluster) {
+          wait(m, s, &s.token_ready, token_parity, SYNC_TOKEN);  // (h)
+          token_parity ^= 1;
+          order_copies();
+        }
         tokens(cache_row(m, layer, 0, h, 0), cache_row(m, layer, 1, h, 0), plan.first_token, plan.last_token);
         units(w, unit, min(unit + plan.filler, plan.last_unit));
         unit = min(unit + plan.filler, plan.last_unit);
@@ -644,7 +678,13 @@ struct Producer {
       }
       units(w, unit, plan.last_unit);
     }
-    if (lm_head) rows(m.embed_out, nullptr, plan.first_row, plan.last_row);
+  }
+  __device__ void run(int first_layer, int last_layer, int first, int end, bool lm_head) {
+    for (int position = first; position < end; position++) {
+      token(first_layer, last_layer, position, position == first);
+      if (lm_head) rows(m.embed_out, nullptr, lm_head_row(blockIdx.x), lm_head_row(blockIdx.x + 1));
+    }
+    wait(m, s, &s.workers_done, 0, SYNC_FULL);
   }
 };
 
@@ -671,7 +711,7 @@ struct Worker {  // one thread's view
   __device__ uint4 weights(int stage_row, int p) const {
     return as16(&s.ring[ring.stage][stage_row * C + column(8 * p)]);
   }
-  __device__ void wait_full() { wait(m, s, &s.full[ring.stage], ring.parity, SYNC_FULL); }  // (F)
+  __device__ void wait_full() const { while (barrier_open(&s.full[ring.stage], ring.parity)) {} }  // (F)
   __device__ void release() {
     __syncwarp();                                           // (E) all lanes have read: one arrival a warp
     if (lane == 0) barrier_arrive(&s.empty[ring.stage]);    // (E)
@@ -744,7 +784,8 @@ struct Worker {  // one thread's view
   }
 
   __device__ void read_embedding(int token, Columns& x) const {
-    for (int p = 0; p < PIECES; p++) widen(load16(m.embed_in + (size_t)token * C + column(8 * p)), x + 8 * p);
+    const half* row = m.embed_in + (size_t)min(max(token, 0), V - 1) * C;
+    for (int p = 0; p < PIECES; p++) widen(load16(row + column(8 * p)), x + 8 * p);
   }
 
   // Called before (4), so that they have arrived when x has. Layer L stands for the final LayerNorm.
@@ -1025,14 +1066,15 @@ struct Worker {  // one thread's view
 
   // S10 LM HEAD
   //   math    logits = rows @ LNf(x), token = argmax
-  //   owner   a block has rows first_row..last_row - 1
-  //   bytes   V * C * 2 / 132, 1.95 MB, 56 us          syncs   after (4); (F) (E) a stage; (c) a tile
+  //   owner   a block has rows lm_head_row(block)..lm_head_row(block + 1) - 1
+  //   bytes   V * C * 2 / 132, 1.95 MB, 56 us     syncs   after (4); (F) (E) a stage; (c) a tile; then (4)
   //   why     packed into 64 bits, (logit, token) is ordered by logit, then by smaller token, NaN above all
   //           as in torch; and an integer maximum does not depend on the order in which blocks arrive
-  __device__ void lm_head(const Columns& x) {
+  __device__ void lm_head(const Columns& x, int turn) {
+    const int last_row = lm_head_row(blockIdx.x + 1);
     unsigned long long best = 0;
-    for (int first = s.plan.first_row; first < s.plan.last_row; first += TILE_ROWS) {
-      const int n = min(TILE_ROWS, s.plan.last_row - first), token = first + row;
+    for (int first = lm_head_row(blockIdx.x); first < last_row; first += TILE_ROWS) {
+      const int n = min(TILE_ROWS, last_row - first), token = first + row;
       const float logit = dot_tile(x, n, 0, false);
       if (row < n) {
         if (team_warp == 0 && lane % LANES < R) m.logits[token] = logit;
@@ -1042,29 +1084,15 @@ struct Worker {  // one thread's view
       }
     }
     for (int w = 16; w >= 1; w /= 2) best = max(best, __shfl_xor_sync(~0u, best, w));
-    if (lane == 0) atomicMax(&m.state->best, best);
+    if (lane == 0) atomicMax(&m.state->best[turn], best);
   }
 
-  // Whichever block ends last makes State ready for the next launch: by then all have read it. Nobody waits.
-  __device__ void finish_launch(State& state, int position, int layers, int lm_head) const {
-    workers_sync();  // (f), for `finished`
-    if (tid == 0) {
-      __threadfence();
-      if (atomicAdd(&state.finished, 1) == gridDim.x - 1) {
-        __threadfence();
-        state.finished = 0;
-        state.rotation = (s.rotation + layers) % 3;
-        state.arrivals = s.arrivals + (lm_head ? layers : layers - 1) * gridDim.x;
-        if (lm_head) {
-          const unsigned long long best = atomicExch(&state.best, 0ull);
-          // In S10's order the bits of a finite logit lie between those of -FLT_MAX and FLT_MAX.
-          const bool finite = (uint32_t)(best >> 32) - (1u << 23) < 0xffu << 24;
-          state.token = finite ? (int)~(uint32_t)best : -1;
-          m.history[position] = state.token;
-          state.position = position + 1;
-        }
-      }
-    }
+  // The token chosen by S10, after (4); -1 if the largest logit is not finite. In S10's order the bits of a
+  // finite one lie between those of -FLT_MAX and FLT_MAX.
+  __device__ int chosen(int turn) const {
+    const unsigned long long best = load_relaxed(&m.state->best[turn]);
+    const bool finite = (uint32_t)(best >> 32) - (1u << 23) < 0xffu << 24;
+    return finite ? (int)~(uint32_t)best : -1;
   }
 };
 
@@ -1095,52 +1123,67 @@ struct Worker {  // one thread's view
 // S2 takes less than its share.
 
 __global__ void __launch_bounds__(WORKERS + 32, 1)
-fused_block(const __grid_constant__ Model m, const int first_layer, const int last_layer, const int lm_head) {
+fused_block(const __grid_constant__ Model m, const int first_layer, const int last_layer, const int tokens) {
   extern __shared__ __align__(128) uint8_t raw[];
   Shared& s = *reinterpret_cast<Shared*>(raw);
   State& state = *m.state;
-  const int position = state.position, token = min(max(state.token, 0), V - 1);
-  if (position >= CTX) return;  // no row left in the cache: all blocks leave, and nothing changes
+  int token = state.token, position = state.position, turn = state.turn;
+  unsigned arrivals = state.arrivals, rotation = state.rotation;
+  const int end = min(position + max(tokens, 1), CTX);
+  if (position >= end) return;  // no row left in the cache: all blocks leave, and nothing changes
 
   if (threadIdx.x == 0) {
     s.plan = make_plan(blockIdx.x, gridDim.x, position);
-    s.rotation = state.rotation, s.arrivals = state.arrivals;
     for (int i = 0; i < STAGES; i++) barrier_init(&s.full[i], 1), barrier_init(&s.empty[i], WARPS);
     barrier_init(&s.qkv_ready, 1), barrier_init(&s.slice_ready, 1), barrier_init(&s.sums_ready, 1);
+    barrier_init(&s.token_ready, 1), barrier_init(&s.workers_done, WARPS);
     barriers_exist();
   }
-  for (int i = threadIdx.x; i < ROT / 2; i += WORKERS + 32) {
-    s.rope_cos[i] = m.rope_cos[position * (ROT / 2) + i];
-    s.rope_sin[i] = m.rope_sin[position * (ROT / 2) + i];
-  }
+  load_rope(m, s, position, WORKERS + 32);
   cluster_sync();  // (0)
 
   if (threadIdx.x >= WORKERS) {
-    if (threadIdx.x == WORKERS) Producer{m, s}.run(s.plan, first_layer, last_layer, lm_head);
+    if (threadIdx.x == WORKERS) Producer{m, s}.run(first_layer, last_layer, position, end, tokens > 0);
     return;
   }
 
   const Plan& plan = s.plan;
   Worker w{m, s};
+  const bool is_first = blockIdx.x == 0 && w.tid == 0;  // of all threads
+  // x and the two output biases must enter a layer's sum once: the first team of the last block brings them.
+  const bool carries_x = blockIdx.x == gridDim.x - 1 && w.team == 0;
   Columns x, xn1, xn2;
+  long long *x_now = m.residual + rotation % 3 * C, *x_next = m.residual + (rotation + 1) % 3 * C,
+            *x_clear = m.residual + (rotation + 2) % 3 * C;
   Norms norms = w.load_norms(first_layer);
-  if (first_layer == 0) w.read_embedding(token, x);
-  else w.read_residual(m.residual + s.rotation % 3 * C, x);             // S0
 
-  for (int layer = first_layer; layer < last_layer; layer++) {
-    const int step = layer - first_layer;
-    long long* x_next = m.residual + (s.rotation + step + 1) % 3 * C;
-    long long* x_clear = m.residual + (s.rotation + step + 2) % 3 * C;  // chapter 4: all have read it
+  for (int layer = first_layer; position < end;) {  // layer L is final LayerNorm and LM head
     if (w.tid == 0) s.layer = layer;
-    // The last blocks clear: they have no head where heads are fewer than clusters.
-    for (int c = (gridDim.x - 1 - blockIdx.x) * WORKERS + w.tid; c < C; c += gridDim.x * WORKERS)
-      x_clear[c] = 0;
-
-    // x and the two output biases must enter the sum once: the first team of the last block brings them.
-    const bool carries_x = blockIdx.x == gridDim.x - 1 && w.team == 0;
+    if (layer == 0) w.read_embedding(token, x);
+    else w.read_residual(x_now, x);                                     // S0
     for (int i = 0; i < COLS; i++) w.y[i] = carries_x ? x[i] : 0.f;
     w.normalize(x);                                                     // S1
     w.affine(x, norms.w1, norms.b1, xn1);
+
+    if (layer == L) {
+      if (is_first) state.best[turn ^ 1] = 0;          // the last token's: all have read it
+      if (position + 1 < end) {                        // no thread reads this token's any more
+        if (w.tid == 0) s.plan = make_plan(blockIdx.x, gridDim.x, position + 1);
+        load_rope(m, s, position + 1, WORKERS);
+      }
+      w.lm_head(xn1, turn);                                             // S10
+      norms = w.load_norms(0);
+      w.grid_barrier(arrivals += gridDim.x);                            // (4)
+      if (w.tid == 0) barrier_arrive(&s.token_ready);                   // (h)
+      token = w.chosen(turn);
+      if (is_first) m.history[position] = token;
+      turn ^= 1, position++, layer = 0;
+      continue;
+    }
+
+    // The last blocks clear: they have no head where heads are fewer than clusters.
+    for (int c = (gridDim.x - 1 - blockIdx.x) * WORKERS + w.tid; c < C; c += gridDim.x * WORKERS)
+      x_clear[c] = 0;                                                   // chapter 4: all have read it
     w.affine(x, norms.w2, norms.b2, xn2);
     const Columns& xn = MUTANT == 2 ? xn1 : xn2;
     for (int p = 0; carries_x && p < PIECES; p++) {
@@ -1180,17 +1223,17 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     w.add_to_residual(x_next);
     norms = w.load_norms(layer + 1);
     MARK(MARK_ADDED);
-    if (layer + 1 == last_layer && !lm_head) break;                     // the end of the launch publishes x
-    w.grid_barrier(s.arrivals + (step + 1) * gridDim.x);                // (4)
+    w.grid_barrier(arrivals += gridDim.x);                              // (4)
     MARK(MARKS + MARK_START);                                           // of the next layer
-    w.read_residual(x_next, x);                                         // S0
+    long long* const x_last = x_now;
+    x_now = x_next, x_next = x_clear, x_clear = x_last, rotation++;
+    if (++layer == last_layer && tokens == 0) break;
   }
-  if (lm_head) {
-    w.normalize(x);                                                     // S1, of the final LayerNorm
-    w.affine(x, norms.w1, norms.b1, xn1);
-    w.lm_head(xn1);                                                     // S10
+  if (w.lane == 0) barrier_arrive(&s.workers_done);
+  if (is_first) {  // all have read State, and are past the last (4)
+    state.token = token, state.position = position, state.rotation = rotation % 3;
+    state.turn = turn, state.arrivals = arrivals;
   }
-  w.finish_launch(state, position, last_layer - first_layer, lm_head);
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -1232,13 +1275,14 @@ extern "C" const char* fused_prepare(int* clusters) {
 }
 
 extern "C" const char* fused_launch(const void* const* pointers, int clusters, int first_layer,
-                                    int last_layer, int lm_head, void* stream) {
-  if (first_layer < 0 || first_layer >= last_layer || last_layer > L || (lm_head && last_layer < L))
-    return "no such range of layers: take 0 <= first < last <= L, and the LM head with the last layer only";
+                                    int last_layer, int tokens, void* stream) {
+  if (first_layer < 0 || first_layer >= last_layer || last_layer > L || tokens < 0 ||
+      (tokens > 0 && last_layer < L) || (tokens > 1 && first_layer > 0))
+    return "no such range of layers: take 0 <= first < last <= L; several tokens need all layers";
   const Model& m = *reinterpret_cast<const Model*>(pointers);
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configure(attributes, clusters, stream);
-  CHECK(cudaLaunchKernelEx(&config, fused_block, m, first_layer, last_layer, lm_head));
+  CHECK(cudaLaunchKernelEx(&config, fused_block, m, first_layer, last_layer, tokens));
   return nullptr;
 }
 

@@ -522,11 +522,12 @@ def first_line(error):
 
 
 class Fused:
-    """A decode step that is one launch of the kernel in fused_block.cu; made by `Pythia.fuse`.
+    """Decode steps as launches of the kernel in fused_block.cu; made by `Pythia.fuse`.
 
     It shares the model's weights and a key/value cache, and owns the few buffers that a launch works in.
     Token and position live on the device (`state`), so a step needs nothing from the host.
     """
+    TOKENS = 8                                                                    # greedy ones in a launch
     FIXED_ONE = 2.0**24                                                           # 1 in fixed point
 
     def __init__(self, model, cache, graph, cluster, **tuning):
@@ -583,7 +584,7 @@ class Fused:
             raise Refused("a fused step takes one token and the cache it was made with: take the model for "
                           "others")
         self.start(tokens, pos)
-        self.launch(0, self.config.n_layer, lm_head=True)
+        self.launch(0, self.config.n_layer, tokens=1)
         return self.logits.clone().view(1, 1, -1)
 
     def start(self, token, pos):
@@ -594,37 +595,38 @@ class Fused:
         self.state[0:1].copy_(torch.as_tensor(token).view(1))
         self.state[1] = pos
 
-    def launch(self, first_layer, last_layer, lm_head):
+    def launch(self, first_layer, last_layer, tokens=0):
         """Layers first_layer..last_layer - 1 on the current stream.
 
-        From layer 0 on, x is the token's embedding; later, what the last launch left. With `lm_head`, logits
-        and argmax follow, and the position advances.
+        From layer 0 on, x is the token's embedding; later, what the last launch left. With 1 of `tokens`,
+        logits and argmax follow, and the position advances; with more, all layers go on with the argmax.
         """
         with torch.cuda.device(self.device):
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             check(self.library.fused_launch(self.pointers, self.clusters, first_layer, last_layer,
-                                            int(lm_head), stream))
+                                            tokens, stream))
 
-    def step(self, sampler=None):
-        """One token, without waiting for it: replays the step, captured the first time, or launches it.
+    def step(self, sampler=None, tokens=1):
+        """`tokens` in one launch, without waiting for it: replays its graph, captured the first time.
 
-        The kernel takes the likeliest token; a `sampler` with a temperature chooses anew, on the device too.
+        The kernel takes the likeliest token; a `sampler` with a temperature chooses anew, on the device too,
+        and one token at a time.
         """
         if not self.use_graph:
-            return self.launch_and_choose(sampler)
-        if self.graph is None or self.captured != sampler:
-            self.capture(sampler)
+            return self.launch_and_choose(sampler, tokens)
+        if self.graph is None or self.captured != (sampler, tokens):
+            self.capture(sampler, tokens)
         self.graph.replay()
 
-    def launch_and_choose(self, sampler):
-        self.launch(0, self.config.n_layer, lm_head=True)
+    def launch_and_choose(self, sampler, tokens):
+        self.launch(0, self.config.n_layer, tokens)
         if sampler is not None and sampler.temperature > 0:
             token = sampler(self.logits)
             self.state[:1] = token
             self.history.index_copy_(0, self.state[1:2].long() - 1, token.view(1).int())
 
-    def capture(self, sampler):
-        self.graph, self.captured = torch.cuda.CUDAGraph(), sampler
+    def capture(self, sampler, tokens):
+        self.graph, self.captured = torch.cuda.CUDAGraph(), (sampler, tokens)
         if sampler is not None and sampler.temperature > 0:
             drawn = sampler.rng.get_state()
             sampler(self.logits)                                                  # loads PyTorch's kernels
@@ -632,24 +634,27 @@ class Fused:
             self.graph.register_generator_state(sampler.rng)
         side = torch.cuda.Stream(self.device)  # the default is on the GPU that captured first
         with torch.cuda.device(self.device), torch.cuda.graph(self.graph, stream=side):
-            self.launch_and_choose(sampler)
+            self.launch_and_choose(sampler, tokens)
 
     def decode(self, token, pos, steps, sampler=None):
-        """Yields `steps` tokens (ints) after `token` at `pos`, each read while the GPU makes the next."""
+        """Yields `steps` tokens (ints) after `token` at `pos`, a launch's while the GPU makes the next's."""
         if steps > 0:
             self.start(token, pos)
-        reader, host = torch.cuda.Stream(self.device), torch.zeros(1, dtype=torch.int32).pin_memory()
+        most = self.TOKENS if sampler is None or sampler.temperature == 0 else 1
+        launches = [slice(at, min(at + most, pos + steps)) for at in range(pos, pos + steps, most)]
+        reader, host = torch.cuda.Stream(self.device), torch.zeros(most, dtype=torch.int32).pin_memory()
         ready = [torch.cuda.Event(), torch.cuda.Event()]
-        for n in range(steps + 1):
-            if n < steps:
-                self.step(sampler)
+        for n in range(len(launches) + 1):
+            if n < len(launches):
+                self.step(sampler, launches[n].stop - launches[n].start)
                 ready[n % 2].record(torch.cuda.current_stream(self.device))
             if n > 0:
+                made = self.history[launches[n - 1]]
                 with torch.cuda.stream(reader):
                     reader.wait_event(ready[(n - 1) % 2])
-                    host.copy_(self.history[pos + n - 1:pos + n], non_blocking=True)
+                    host[:len(made)].copy_(made, non_blocking=True)
                 self.wait(reader)
-                yield int(host)
+                yield from host[:len(made)].tolist()
 
     def wait(self, stream):
         """Waits for `stream`; RuntimeError names the sync that a launch gave up at, if one did."""
@@ -659,7 +664,7 @@ class Fused:
             sync, block, layer, seen = self.failure.tolist()
             if sync == 0:
                 raise
-            name = ["", "(1)", "(2)", "(3)", "(4)", "(F)", "(E)"][sync]
+            name = ["", "(1)", "(2)", "(3)", "(4)", "(F)", "(E)", "(h)"][sync]
             lacking = f", where {seen} blocks had not arrived," if sync == 4 else ""
             raise RuntimeError(f"the fused kernel waited too long at sync {name}{lacking} in block {block}, "
                                f"layer {layer}, and gave up: start a new process") from error

@@ -5,9 +5,9 @@
 //
 // The kernel may depend on no order but that of its syncs, so all else comes in a random one: warps take
 // turns in any order, and some dawdle; copies, pushes and additions to x arrive late, in any order; where a
-// copy will land, as in all shared memory at first, there is NaN. A copy from beyond a tensor ends the launch.
-// The same seed gives the same order. What this does not show: time; what two threads do between two waits,
-// which never interleaves; and threads that see the same stores in different orders.
+// copy will land, as in all shared memory at first, there is NaN. A copy from beyond a tensor ends the
+// launch. The same seed gives the same order. What this does not show: time; what two threads do between two
+// waits, which never interleaves; and threads that see the same stores in different orders.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -122,11 +122,8 @@ template <class T> T __shfl_sync(unsigned, T v, int lane, int width) {
   return exchange(v, threadIdx.x % 32 / width * width + lane);
 }
 
-template <class T> T atomicExch(T* p, T v) { return std::exchange(*p, v); }
-unsigned atomicAdd(unsigned* p, unsigned v) { return std::exchange(*p, *p + v); }
 template <class T> void atomicMax(T* p, T v) { *p = max(*p, v); }
 int atomicCAS_system(int* p, int old, int v) { return *p == old ? std::exchange(*p, v) : *p; }
-void __threadfence() {}
 void __threadfence_system() {}
 void __nanosleep(int) { yield(); }
 void __trap() { trapped = true, _longjmp(scheduler, 1); }
@@ -160,10 +157,11 @@ void count(void* barrier, int bytes, int arrivals) {
 void barrier_init(uint64_t* b, int n) { *(Mbarrier*)b = {0, 0, (uint16_t)n, (uint16_t)n}; }
 void barrier_arrive(uint64_t* b) { count(b, 0, 1); }
 void barrier_expect(uint64_t* b, uint32_t bytes) { count(b, bytes, 1); }
-bool barrier_passed(uint64_t* b, uint32_t parity) {
+bool barrier_open(uint64_t* b, uint32_t parity) {
   if (((Mbarrier*)b)->phase == parity) yield();
-  return ((Mbarrier*)b)->phase != parity;
+  return ((Mbarrier*)b)->phase == parity;
 }
+bool pushes_open(uint64_t* b, uint32_t parity) { return barrier_open(b, parity); }
 void barriers_exist() {}
 void cluster_sync() { meet(clusters[blockIdx.x / CLUSTER], CLUSTER * 32 * block().warps.size()); }
 
@@ -194,7 +192,9 @@ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint6
   send([=, own = blockIdx.x] { memcpy(to, from, bytes); land(own, full, bytes); });
 }
 
+void order_copies() {}
 longlong2 load_relaxed(const long long* p) { yield(); return {p[0], p[1]}; }
+unsigned long long load_relaxed(const unsigned long long* p) { yield(); return *p; }
 void add_relaxed(long long* p, long long v) { send([=] { *p += v; }, true); }
 void arrive_release(unsigned* counter) {  // after all additions that its block has made so far
   for (Late& l : late)
@@ -248,10 +248,10 @@ void arrive_some() {
 // Like fused_launch, in the order that `seed` gives. Returns whether the launch ended by itself, and nothing
 // was on its way to a block that had ended.
 extern "C" __attribute__((visibility("default"))) int simulate(const void* const* pointers,
-    const long long* bytes, int n_clusters, int first_layer, int last_layer, int lm_head, unsigned seed) {
+    const long long* bytes, int n_clusters, int first_layer, int last_layer, int tokens, unsigned seed) {
   tensors = pointers, tensor_bytes = bytes, n_tensors = sizeof(Model) / sizeof(void*);
   const int n_blocks = n_clusters * CLUSTER, warps = WORKERS / 32 + 1;
-  kernel = [=] { fused_block(*(const Model*)pointers, first_layer, last_layer, lm_head); };
+  kernel = [=] { fused_block(*(const Model*)pointers, first_layer, last_layer, tokens); };
   gridDim.x = n_blocks;
   rng.seed(seed);
   trapped = lost = false, idle = 0;

@@ -1011,7 +1011,7 @@ def uncovered(k, blocks, position, lm_head):
     rows = {"w_qkv": 3 * k.C, "w_out": k.C, "w_up": k.F, "w_down": k.F, "embed_out": k.V}
     copied = {name: np.zeros((1, n), int) for name, n in rows.items()} | {"kv": np.zeros((k.NH, k.CTX), int)}
     for block in range(blocks):
-        for stage in producer(k, make_plan(k, block, blocks, position), 0, 1, lm_head):
+        for stage in producer(k, block, blocks, position, 0, 1, lm_head):
             copied[stage.matrix][stage.head or 0, stage.first:stage.first + stage.n] += 1
     once = {"kv": np.arange(k.CTX) < position, "embed_out": lm_head}
     return sum((counts != once.get(name, 1)).sum() for name, counts in copied.items())
@@ -1153,9 +1153,10 @@ def test_library_without_gpu(nvcc, tmp_path):
                     "-o", tmp_path / "kernel.so", build.SOURCE], check=True, capture_output=True)
     launch = ctypes.CDLL(str(tmp_path / "kernel.so")).fused_launch
     launch.restype = ctypes.c_char_p
-    for first, last, lm_head in ((-1, 1, 0), (1, 1, 0), (2, 1, 0), (0, 33, 0), (0, 31, 1)):
-        said = launch(None, 66, first, last, lm_head, None) or b""
-        report("library", f"layers {first} to {last}, LM head {lm_head}: not refused",
+    for first, last, tokens in ((-1, 1, 0), (1, 1, 0), (2, 1, 0), (0, 33, 0), (0, 31, 1), (1, 32, 2),
+                                (0, 32, -1)):
+        said = launch(None, 66, first, last, tokens, None) or b""
+        report("library", f"layers {first} to {last}, {tokens} tokens: not refused",
                b"no such range of layers" not in said)
 
 
@@ -1257,7 +1258,7 @@ def launch_block(fused, x, pos):
     rotation = int(fused.state[2])
     fused.residual[rotation % 3][~x.isfinite()] = 1 << 54  # FIXED_NAN
     fused.residual[(rotation + 2) % 3] = 1 << 60
-    fused.launch(1, 2, lm_head=False)
+    fused.launch(1, 2)
     return fused.get_residual()
 
 
@@ -1342,6 +1343,24 @@ def test_fused_block(name):
                                 for k in CLUSTERS))
 
 
+def report_tokens(name, fused, first, launches):
+    """Greedy tokens from position `first` on in `launches` of several, against one in a launch."""
+    L, end = fused.config.n_layer, first + sum(launches)
+
+    def made(launches):
+        fused.cache[..., first:, :] = math.nan
+        fused.history.zero_()
+        fused.start(5, first)
+        for n in launches:
+            fused.launch(0, L, tokens=n)
+        return (fused.logits.clone(), fused.cache[..., :end, :].clone(), fused.history.clone(),
+                fused.state[:2].clone(), fused.get_residual())
+    fused.cache.normal_(generator=torch.Generator(fused.device).manual_seed(0))
+    alone, together = made([1] * (end - first)), made(launches)
+    unlike = sum(not torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    report(name, f"{end - first} tokens from {first} on, up to {max(launches)} a launch: other bits", unlike)
+
+
 @gpu
 @pytest.mark.parametrize("name", SIZES)
 @torch.inference_mode()
@@ -1367,6 +1386,8 @@ def test_fused_step(name):
     ratio, mine, fp16, pos = max(worst)
     report(name, f"whole step, worst at {pos}: {mine:.1e} / fp16 {fp16:.1e}", ratio, 1)
     report(name, "tokens that are not the argmax", wrong)
+    for first in (0, 1000):
+        report_tokens(name, fused, first, (8, 8, 3, 1))
 
 
 STAGES = ("xn1", "xn2", "q", "k", "v", "o", "h", "y")  # the kernel's taps, in their order, and its result
@@ -1468,7 +1489,7 @@ def launches(mutant):
         fused.residual.zero_()  # sums that a mutant left behind
         fused.logits.fill_(math.nan)
         fused.start(7, 300)
-        fused.launch(0, SYNCS.n_layer, lm_head=True)
+        fused.launch(0, SYNCS.n_layer, tokens=1)
         fused.wait(torch.cuda.current_stream())
         return fused.logits.clone()
     right, broken = launch(model.fuse(cache)), model.fuse(cache, extra={"MUTANT": mutant})
@@ -1703,7 +1724,7 @@ def report_edges(what, model, fused):
     fused.state[1] = model.config.context
     watched = Watched(fused)
     watched.remember()
-    fused.launch(0, model.config.n_layer, lm_head=True)
+    fused.launch(0, model.config.n_layer, tokens=1)
     report(what, "bytes changed by a step after the last position",
            watched.changed() + watched.others_changed())
 
@@ -1802,12 +1823,12 @@ def test_two_gpus():
 
 
 def lap(fused):
-    """2000 steps from position 0: (seconds, the tokens, the last logits)."""
+    """2000 tokens from position 0: (seconds, the tokens, the last logits)."""
     fused.start(5, 0)
     torch.cuda.synchronize()
     start = time.perf_counter()
-    for _ in range(2000):
-        fused.step()
+    for _ in range(250):
+        fused.step(tokens=8)
     fused.wait(torch.cuda.current_stream())
     return time.perf_counter() - start, fused.history.clone(), fused.logits.clone()
 
@@ -1904,11 +1925,11 @@ class Simulated(Fused):
         self.library = ctypes.CDLL(str(library))
         self.allocate(model, model.new_cache(), clusters * self.defines["CLUSTER"])
 
-    def launch(self, first_layer, last_layer, lm_head):
+    def launch(self, first_layer, last_layer, tokens=0):
         def synchronize():
             sizes = (ctypes.c_longlong * len(self.tensors))(*(t.nbytes for t in self.tensors))
             if not self.library.simulate(self.pointers, sizes, self.clusters, first_layer, last_layer,
-                                         int(lm_head), self.seed):
+                                         tokens, self.seed):
                 raise RuntimeError("the launch did not end as it should")
         self.seed += 1
         self.wait(SimpleNamespace(synchronize=synchronize))
@@ -1925,6 +1946,7 @@ def simulated(tmp_path_factory):
 
 
 SMALL = cut("pythia-70m", n_layer=3, mlp=600, vocab=200, context=512)
+AHEAD = cut("pythia-14m", n_layer=1, mlp=64, vocab=64, context=512)
 
 
 @pytest.mark.parametrize("name, grids, positions, more", [  # grids: (blocks in a cluster, clusters)
@@ -1954,7 +1976,7 @@ def test_simulated_steps(simulated, config, steps):
         fused.cache[..., pos:, :] = math.nan
         exact, fp16 = (f(model, token, fused.cache.clone(), pos) for f in (exact_logits, Pythia.forward))
         fused.logits.fill_(math.nan)
-        fused.launch(0, config.n_layer, lm_head=True)
+        fused.launch(0, config.n_layer, tokens=1)
         worst.append((*against(fused.logits, fp16, exact), pos))
         chosen = int(fused.logits.argmax())
         wrong += [*fused.state[:2].tolist(), int(fused.history[pos])] != [chosen, pos + 1, chosen]
@@ -1972,11 +1994,17 @@ def test_simulated_ranges(simulated):
     def logits(*cuts):
         fused.start(7, 100)
         for first, last in pairwise(cuts):
-            fused.launch(first, last, lm_head=last == L)
+            fused.launch(first, last, tokens=int(last == L))
         return fused.logits.clone()
     whole, ranges = logits(0, L), ((0, 1, L), (0, 2, L), (0, 1, 2, L), (0, L))
     unlike = sum(not torch.equal(logits(*cuts), whole) for cuts in ranges)
     report("on a CPU", f"steps in several launches, of {len(ranges)}, with other bits", unlike)
+
+
+@pytest.mark.parametrize("config, tuning", [(SMALL, {}), (AHEAD, {"threads": 128})], ids=["70m", "14m"])
+@torch.inference_mode()
+def test_simulated_tokens(simulated, config, tuning):
+    report_tokens("on a CPU", simulated(random_half(config, "cpu"), 3, cluster=2, **tuning), 0, (3, 1, 2))
 
 
 @torch.inference_mode()
@@ -1996,50 +2024,53 @@ def test_simulated_mutants(simulated, mutant):
 WAITS = {  # of the kernel's syncs
     **{f"({sync})": rf"\w+_sync\(\w*\)(?=;\s+// \({sync}\)\n)" for sync in "0abcdefg"},
     **{f"({sync})": rf"wait\([^;]*SYNC_{name}\)" for sync, name in zip(
-        "123FE", ("QKV", "SLICE", "SUMS", "FULL", "EMPTY"), strict=True)},
+        "123Eh", ("QKV", "SLICE", "SUMS", "EMPTY", "TOKEN"), strict=True)},
+    "(F)": r"barrier_open\(&s\.full[^)]*\)",
     "(4)": r"\(int\)\(\(seen = [^;]* < 0(?=;\))",
     "(E), of a warp's lanes": r"__syncwarp\(\)(?=;\s+// \(E\))",
     "(F), in axpy_tile": r"wait_full\(\)(?=;  // \(F\)\n(?:.*\n){2}.* of_row)",
     "(F), in attend": r"wait_full\(\)(?=;  // \(F\)\n.* \*k = )",
-    "(f), at the end": r"\w+_sync\(\)(?=;\s+// \(f\), for)",
-    "nothing": "one decode step of Pythia"}  # in a comment: a control
+    "(4), after the LM head": r"w\.grid_barrier\([^)]*\)(?=;\s+// \(4\)\n.*token_ready)",
+    "nothing": "decode steps of Pythia"}  # in a comment: a control
 
 
 def simulated_syncs(folder):
-    """Prints how many of 9 orders give other bits, and for each of WAITS the first that shows its absence, by
-    other bits or a launch that does not end."""
-    model, orders = random_half(SMALL, "cpu"), {"nothing": 20}
+    """Prints how many of 18 orders give other bits, and for each of WAITS the first that shows its absence,
+    by other bits or a launch that does not end."""
     k = kernel_constants(build.constants(SMALL, cluster=2))
-    # a ring of two tiles: copies come at the last moment
-    extra = {"SHARED_BYTES": k.FIXED_BYTES + 2 * k.PARTS * (k.STAGE_BYTES + 2 * k.BIAS_HALFS + 16)}
-    decoder = functools.partial(Simulated, Path(folder), model, 3, cluster=2, extra=extra)
-    cache = model.new_cache().normal_(generator=torch.Generator().manual_seed(0))
+    # a ring of two tiles: copies come at the last moment; and one that holds more than a whole token
+    short = {"SHARED_BYTES": k.FIXED_BYTES + 2 * k.PARTS * (k.STAGE_BYTES + 2 * k.BIAS_HALFS + 16)}
+    orders, folder = {"nothing": 20}, Path(folder)
+    decoder = functools.partial(Simulated, folder, random_half(SMALL, "cpu"), 3, cluster=2, extra=short)
+    ahead = functools.partial(Simulated, folder, random_half(AHEAD, "cpu"), 3, cluster=2, threads=128)
 
     @torch.inference_mode()
     def result(fused):
         fused.residual.zero_()
         fused.state.zero_()
-        fused.cache.copy_(cache)
+        fused.cache.normal_(generator=torch.Generator().manual_seed(0))
         fused.logits.fill_(math.nan)
         fused.start(7, 100)
-        fused.launch(0, SMALL.n_layer, lm_head=True)
-        return torch.cat((fused.logits, fused.get_residual(), fused.state[:3], fused.history))
+        fused.launch(0, fused.config.n_layer, tokens=2)
+        return torch.cat((fused.logits, fused.get_residual(), fused.state[:4], fused.history))
 
     def shown_by(sync):
         # instead of (0) the block meets alone: its plan has to be there, or it would read anywhere
         instead = "named_barrier(0, WORKERS + 32)" if sync == "(0)" else "false"
         source, n = re.subn(WAITS[sync], instead, SOURCE)
         assert n == 1, f"sync {sync} has {n} waits"
-        fused = decoder(source=source)
+        make = ahead if sync == "(h)" else decoder
+        fused = make(source=source)
         while fused.seed < orders.get(sync, 100):
             with suppress(RuntimeError):
-                if torch.equal(result(fused), right):
+                if torch.equal(result(fused), right[make]):
                     continue
             return fused.seed
         return math.inf
-    fused = decoder()
-    right = result(fused)
-    unlike = sum(not torch.equal(result(fused), right) for _ in range(9))
+    whole = {make: make() for make in (decoder, ahead)}
+    right = {make: result(fused) for make, fused in whole.items()}
+    unlike = sum(not torch.equal(result(fused), right[make])
+                 for make, fused in whole.items() for _ in range(9))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         print(json.dumps([unlike, *pool.map(shown_by, WAITS)]))
 
@@ -2047,7 +2078,7 @@ def simulated_syncs(folder):
 def test_simulated_syncs(simulated, tmp_path):
     """Without any of its syncs the kernel is wrong. On a GPU a race may hide; orders here are random."""
     unlike, *shown = in_fresh_process(f"simulated_syncs({str(tmp_path)!r})", 300)  # what is broken may crash
-    report("on a CPU", "all syncs: orders of 9 with other bits", unlike)
+    report("on a CPU", "all syncs: orders of 18 with other bits", unlike)
     for sync, order in zip(WAITS, shown, strict=True):
         if sync == "nothing":
             report("on a CPU", "dropped nothing: shown by one of 20 orders", order < math.inf)
@@ -2061,7 +2092,7 @@ def test_simulated_hang(simulated):
     fused = simulated(random_half(SMALL, "cpu"), 3, cluster=2, extra={"MUTANT": 11})
     fused.start(7, 100)
     with pytest.raises(RuntimeError, match=r"sync \(4\), where 1 blocks .* layer 0"):
-        fused.launch(0, SMALL.n_layer, lm_head=True)
+        fused.launch(0, SMALL.n_layer, tokens=1)
 
 
 # ---------------------------------------------------------------------------------------------------- records
