@@ -7,8 +7,9 @@
     python bench.py --report                                  README and plots from results/; needs no GPU
 
 A step is the user's whole token: embedding, all blocks, final LayerNorm, LM head, greedy argmax; float16,
-batch 1, random weights. A sample is the mean of 10 steps back to back by CUDA events (of generate(): one
-token by the clock); the table has the median of 30 samples or more, and the 10th and 90th percentile. The
+batch 1, random weights. A sample is the mean of 16 steps back to back by CUDA events (of generate(): one
+token by the clock); the table has the median of 30 samples or more, and the 10th and 90th percentile. Fused
+makes 8 greedy tokens in a launch, as generate() has it; the baselines launch every step. The
 floor is the bytes that a step must read (every weight once, one row of embed_in, keys and values of the
 cached tokens) over the bandwidth of a kernel that only reads, in the same run. Nothing of ours is timed
 before its logits are compared with float64 arithmetic on the same float16 weights: fused may be no further
@@ -53,10 +54,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from build import constants, device_arch, flags, kernel_hash, load, nvcc
-from model import SIZES, Config, Pythia, Refused
+from model import SIZES, Config, Fused, Pythia, Refused
 
 HERE = Path(__file__).resolve().parent
-STEPS, SAMPLES, WARM_UP = 10, 30, 3  # steps a sample, samples, samples thrown away
+STEPS, SAMPLES, WARM_UP = 16, 30, 3  # steps a sample, samples, samples thrown away
 NEW = 64                             # tokens a call of transformers' generate makes
 PROMPT = 512                         # tokens before the first new one, for the time to first token
 
@@ -89,8 +90,9 @@ def token_bytes(config, cached):
 
 # ---- one measurement -----------------------------------------------------------------------------------
 
-def sample(step, reset=lambda: None):
-    """Microseconds a step, SAMPLES means of STEPS steps. `reset` runs before each sample and is not timed.
+def sample(step, reset=lambda: None, tokens=1):
+    """Microseconds a token, SAMPLES means of STEPS tokens; `step` makes `tokens`. `reset` runs before each
+    sample and is not timed.
 
     The host waits only at the end, so it runs ahead of the GPU wherever the GPU is the slower one.
     """
@@ -99,7 +101,7 @@ def sample(step, reset=lambda: None):
         reset()
         events.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
         events[-1][0].record()
-        for _ in range(STEPS):
+        for _ in range(STEPS // tokens):
             step()
         events[-1][1].record()
     torch.cuda.synchronize()
@@ -178,16 +180,28 @@ def exact_logits(model, token, cache, pos):
     return F.linear(x, model.embed_out.double()).flatten()
 
 
-def time_fused(case, fused, step=None):
-    step = step or fused.step
+def time_fused(case, fused, step=None, tokens=Fused.TOKENS):
+    """Times `step`, which makes `tokens`; by default it is a launch."""
+    step = step or functools.partial(fused.step, tokens=tokens)
     case.fill()
     fused.start(case.token, case.context)
-    step()
+    fused.step()
     error = case.check(fused.logits)
     if fused.history[case.context] != fused.logits.argmax():
         raise Refused("wrong, so not timed: the token is not the argmax of the logits")
+
+    def restart():
+        fused.start(case.token, case.start)
+    texts = []
+    for function, times in ((fused.step, STEPS), (step, STEPS // tokens)):
+        restart()
+        for _ in range(times):
+            function()
+        texts.append(fused.history[case.start:case.start + STEPS].tolist())
+    if texts[0] != texts[1]:
+        raise Refused("wrong, so not timed: tokens unlike those of launches of one token")
     note = ", ".join(f"{name} {fused.defines[name]}" for name in ("CLUSTER", "THREADS", "ROWS"))
-    return {"us": sample(step, lambda: fused.start(case.token, case.start)), "error": error, "note": note}
+    return {"us": sample(step, restart, tokens), "error": error, "note": note}
 
 
 def time_eager(case):
@@ -389,7 +403,7 @@ BASELINES = {"eager": time_eager, "graph": time_graph, "compile": time_compile,
              "compile-static": time_compile_static, "transformers": time_generate,
              "transformers-static": functools.partial(time_generate, cache_implementation="static")}
 ABLATIONS = {"as shipped": {}, **{f"clusters of {k}": {"cluster": k} for k in (1, 2, 4, 8)},
-             **{f"{n} threads at least": {"threads": n} for n in (128, 256, 512)},
+             **{f"{n} threads at least": {"threads": n} for n in (128, 256, 384, 512)},
              **{f"{n} rows a team and tile": {"rows": n} for n in (2, 4, 8)}}
 
 PHASES = ("S0 x, S1 LayerNorm", "S2 q, k, v rows", "S8 units, wait for (1)", "S3-S5 rope, append, attend",
@@ -489,7 +503,7 @@ def compare(name, args, results):
         nonlocal fused
         fused = model.fuse(cache=cache)
         fused.start(0, 0)
-        fused.step()                                              # captures the graph
+        fused.step(tokens=fused.TOKENS)                           # captures the graph
         torch.cuda.synchronize()
         return {"of_needed": (torch.cuda.max_memory_allocated() - before) / needed, "needed_bytes": needed}
     results.add("memory", name, 0, "memory", memory)
@@ -511,20 +525,21 @@ def compare(name, args, results):
 
 
 def ablate(name, args, results):
-    """The fused step with one build constant changed, without a graph, and with one launch a block."""
+    """The fused step with one build constant changed, without a graph, and with more launches."""
     model = Pythia.random(name, dtype=torch.float16, device="cuda")
     case, L = Case(model, model.new_cache(), args.contexts[0]), model.config.n_layer
 
-    def variant(**tuning):
-        return time_fused(case, model.fuse(cache=case.cache, **tuning))
+    def variant(tokens=Fused.TOKENS, **tuning):
+        return time_fused(case, model.fuse(cache=case.cache, **tuning), tokens=tokens)
 
     def launch_a_block():
         fused, graph = model.fuse(cache=case.cache), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for i in range(L):
                 fused.launch(i, i + 1, tokens=int(i == L - 1))
-        return time_fused(case, fused, graph.replay)
-    for what, tuning in (ABLATIONS | {"no graph": {"graph": False}}).items():
+        return time_fused(case, fused, graph.replay, tokens=1)
+    launches = {"no graph": {"graph": False}, "one launch a token": {"tokens": 1}}
+    for what, tuning in (ABLATIONS | launches).items():
         results.add("ablation", name, case.context, what, functools.partial(variant, **tuning))
     results.add("ablation", name, case.context, "one launch a block", launch_a_block)
 
@@ -623,7 +638,8 @@ def tables(data, images=()):
     ablated = places("ablation")
     table(["us a token", *(f"{model}, {context} cached" for model, context in ablated)], ablated and [
         [what, *(cell(get("ablation", *place, what), spread=True, note=what == "as shipped")
-                 for place in ablated)] for what in (*ABLATIONS, "no graph", "one launch a block")])
+                 for place in ablated)]
+        for what in (*ABLATIONS, "no graph", "one launch a token", "one launch a block")])
     for date, run in sorted(data["runs"].items()):
         changed = "" if run["kernel"] == kernel_hash() else " (fused_block.cu has changed since)"
         facts = (f"{key} {run[key]}" for key in ("clocks.sm", "driver_version", "torch", "transformers")

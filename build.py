@@ -76,7 +76,7 @@ def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, atte
     if rows is None:  # two stages of 16 to 20 KB; less where the ring would not hold two tiles
         rows = 2 if SHARED_BYTES[arch] < 128 * 1024 else 8 if c.hidden < 4096 else 4
     if threads is None:  # README.md has the measurements of this and the next
-        threads = 384 if c.hidden < 1024 else 256
+        threads = 384 if 512 < c.hidden < 1024 else 256
     if attention_kib is None:
         attention_kib = 6 * cluster if c.hidden <= 1024 else 128 if 2048 < c.hidden < 4096 else 48
     return {"HIDDEN": c.hidden, "HEADS": c.n_head, "HEAD_SIZE": c.head_size, "ROTARY": c.rotary_dims,

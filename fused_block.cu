@@ -3,8 +3,8 @@
 // ----------------------------------------------------------------------------------------------------------
 // 0. What it does, what it costs, how to read it
 //
-// A launch takes one token through a range of transformer blocks; in generate.py --fused through all, with
-// embedding, LM head and argmax around them. In PyTorch:
+// A launch makes a token, or several, one after the other, each the argmax after the one before. (For tests
+// it can take x through a range of transformer blocks alone.) A token in PyTorch:
 //
 //     x = embed_in[token]                                                              #      [C]
 //     for block in blocks:
@@ -118,7 +118,8 @@
 //  (1)  cluster  q, k, v of a head                 every rank                 attention with stale q, k or v
 //  (2)  cluster  m, l, o of a rank's tokens        the owners of parts of o   a rank's tokens are forgotten
 //  (3)  cluster  partial sums of y                 the owners of columns      x lacks a peer's contribution
-//  (4)  grid     x of the next layer; zeros        everybody                  LayerNorm of an unfinished x
+//  (4)  grid     x of the next layer; zeros;       everybody                  LayerNorm of an unfinished x
+//                the best logit
 //  (F)  block    a stage of the ring is full       workers                    arithmetic on bytes not here
 //  (E)  block    a stage of the ring is empty      producer                   bytes overwritten while in use
 //  (a)  block    x, read once                      all teams                  columns of the layer before
@@ -129,12 +130,13 @@
 //  (e)  block    m, l, o of a warp's tokens        one thread a dimension     a merge with the head before
 //  (f)  block    that all it has to add is sent    the thread that arrives    (4) counts a block not yet done
 //  (g)  block    that (4) has been passed          all threads                the others run ahead of (4)
+//  (h)  block    that a token is finished          producer                   copies of k, v not yet there
 //
 // What they are made of: (0) is the cluster's barrier instruction, (4) a counter in global memory, (a) to (g)
-// barriers of a block's workers or of a team. (1) (2) (3) (F) (E) are mbarriers: words in shared memory that
-// count arrivals and, but for (E), bytes, so that the data itself releases whoever waits. A phase is a round
-// of an mbarrier: it completes when all that it counts has come, and the next begins. The end of a launch is
-// a sync too: x, the cache's new rows and State reach the next launch through it.
+// barriers of a block's workers or of a team. (1) (2) (3) (F) (E) (h) are mbarriers: words in shared memory
+// that count arrivals and, but for (E) and (h), bytes, so that the data itself releases whoever waits. A
+// phase is a round of an mbarrier: it completes when all that it counts has come, and the next begins. The
+// end of a launch is a sync too: x, the cache's new rows and State reach the next launch through it.
 //
 // Nobody says that an inbox of (1), (2) or (3) is free again, as (E) does for the ring: the later syncs imply
 // it. Before a peer pushes into an inbox again, it passes a sync at which it waits for the inbox's owner, who
@@ -230,14 +232,14 @@ struct Layer {  // weights, fp16, read only; the matrices are rows of C (see mod
   const half *w_down, *b_down;                // [F] rows, [C]
 };
 
-struct State {  // global memory, kept between launches; all but the last two as the launch before left it
+struct State {  // global memory, kept between launches; read before (0), written at the end of a launch
   int token;                   // the next to be read: the last argmax, or -1 if that is not finite
   int position;                // tokens in the cache
   unsigned rotation;           // which of the three residual buffers holds x
   unsigned turn;               // which of `best` is the next to be used
   unsigned arrivals;           // what `counter` has reached when no launch runs
-  unsigned counter;            // (4): one arrival a block and layer, never reset
-  unsigned long long best[2];  // largest logit so far, with its token, see S10; one is being cleared
+  unsigned counter;            // (4): grows by one a block and layer, and a block and LM head; never reset
+  unsigned long long best[2];  // largest logit so far, with its token, see S10; the other of the two is 0
 };
 
 // Host memory: the report of a launch that gives up; seen: at (4) how many blocks lack, elsewhere the parity.
@@ -264,8 +266,8 @@ struct Model {  // the kernel's one parameter: pointers only, the same for every
 //     layer l + 2   0: next x, sums arrive  1: cleared               2: x, read
 //
 // Between two roles of a buffer stands a (4), which no block passes before all arrive: all have read it
-// before one clears it, it is clear before one adds, all sums are in it before one reads. Between launches,
-// the end of the launch stands for (4).
+// before one clears it, it is clear before one adds, all sums are in it before one reads. (After the last
+// layer the LM head reads x, and has a (4) of its own; layer 0 reads the embedding instead.)
 
 // Who does what for a token. Depends on block, grid and position alone: every run divides work alike.
 struct Plan {
@@ -609,7 +611,7 @@ __device__ half* cache_row(const Model& m, int layer, int kv, int head, int toke
 //
 // The same tiles in the same order as the workers' (chapter 8). A stage carries no name: order alone says
 // what is in it, so a change of order here needs the same change there. A copy brings the rows that exist and
-// no more; the rest of its stage keeps old bytes.
+// no more; the rest of its stage keeps old bytes. It runs on into the next token, whose weights are the same.
 struct Producer {
   const Model& m;
   Shared& s;
@@ -666,7 +668,7 @@ struct Producer {
         rows(w.w_qkv, w.b_qkv, qkv, qkv + QKV_ROWS);
         units(w, unit, min(unit + plan.filler, plan.last_unit));
         unit = min(unit + plan.filler, plan.last_unit);
-        if (!is_first && layer == 0 && h == plan.cluster) {
+        if (!is_first && layer == 0 && h == plan.cluster) {  // the token before is one of the cached, now
           wait(m, s, &s.token_ready, token_parity, SYNC_TOKEN);  // (h)
           token_parity ^= 1;
           order_copies();
@@ -1223,11 +1225,11 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     w.add_to_residual(x_next);
     norms = w.load_norms(layer + 1);
     MARK(MARK_ADDED);
-    w.grid_barrier(arrivals += gridDim.x);                              // (4)
-    MARK(MARKS + MARK_START);                                           // of the next layer
     long long* const x_last = x_now;
-    x_now = x_next, x_next = x_clear, x_clear = x_last, rotation++;
-    if (++layer == last_layer && tokens == 0) break;
+    x_now = x_next, x_next = x_clear, x_clear = x_last, rotation++, layer++;
+    w.grid_barrier(arrivals += gridDim.x);                              // (4)
+    MARK(MARK_START);
+    if (layer == last_layer && tokens == 0) break;
   }
   if (w.lane == 0) barrier_arrive(&s.workers_done);
   if (is_first) {  // all have read State, and are past the last (4)
