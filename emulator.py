@@ -26,7 +26,7 @@ from model import Config, Pythia, Refused
 
 SOURCE = Path(__file__).with_name("fused_block.cu").read_text()
 READ_CEILING = 4.58e12  # bytes a second that an H200 reads; bench.py measures it
-LAYER_US, LAUNCH_US = 2.6, 13  # above the floor, a layer and a launch: fits bench.py's record
+LAYER_US, TOKEN_US = 2.2, 10.5  # above the floor, a layer and the rest of a token: fits bench.py's record
 
 # ---- constants ---------------------------------------------------------------------------------------------
 
@@ -432,9 +432,9 @@ def fitting_clusters(cluster, sms):
 
 
 def expected_us(config, position):
-    """Microseconds a token on an H200: the floor, and what layers and launch add to it."""
+    """Microseconds a token on an H200: the floor, and what layers and the rest of a token add to it."""
     from bench import token_bytes  # slow to import, and needed only here
-    return token_bytes(config, position) / READ_CEILING * 1e6 + LAYER_US * config.n_layer + LAUNCH_US
+    return token_bytes(config, position) / READ_CEILING * 1e6 + LAYER_US * config.n_layer + TOKEN_US
 
 
 def explain(name, cluster=None, arch="sm_90a", sms=132, position=128, clusters=None):
@@ -480,7 +480,7 @@ ring      {k.STAGES} stages, {ring / 1024:.0f} of {k.SHARED_BYTES / 1024:.0f} Ki
 floor     a layer {layer / 1e6:.2f} MB, {layer * us:.2f} us; K/V {4 * k.C * position / 1e6:.2f} MB of it
           a token {token / 1e6:.1f} MB, {token * us:.1f} us; LM head {2 * k.V * k.C / 1e6:.1f} MB of it
           at the {READ_CEILING / 1e12} TB/s that an H200 reads
-expected  {expected_us(config, position):.0f} us a token on an H200: floor + {LAYER_US} a layer + {LAUNCH_US}
+expected  {expected_us(config, position):.0f} us a token on an H200: floor + {LAYER_US} a layer + {TOKEN_US}
 
 a layer:
 blocks  heads  hidden units   KB of heads   KB of K/V   KB of units   KB of all""")

@@ -1108,20 +1108,20 @@ struct Worker {  // one thread's view
 //  mark        thread 0 of block 11                                           KB  share  took  waits for
 //  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                 1.1  L2, (a)
 //              S1: has columns 0..7 from here on                                               (b)
-//  QKV         S2: rows 1320..1439: head 5, k from dimension 40 on, and v    615   17.7  15.4  memory
+//  QKV         S2: rows 1320..1439: head 5, k from dimension 40 on, and v    615   17.7  15.3  memory
 //  1           S8: units 310..325; (1)                                       164    4.7   5.2  memory
-//  ATTEND      S3: rotates q[0] with q[10]                                                1.8  (d)
+//  ATTEND      S3: rotates q[0] with q[10]                                                1.6  (d)
 //              S5: dimensions 0..7 of tokens 64, 84, 104, 124; after (e)      20    0.6        (e)
 //              merges dimension 0 of 10 warps, pushes o, m, l to rank 0
-//  2           S8: units 326..337; (2)                                       123    3.5   2.8  memory
+//  2           S8: units 326..337; (2)                                       123    3.5   2.9  memory
 //  OUT, UNITS  S6, S7: output rows 440..479; S8: no unit is left             205    5.9   5.4  memory
 //  3           S9: pushes y[0..7] to rank 0; (3)                                          0.8  peer's sums
 //  ADDED       S9: adds columns 1280, 1600, 1920, 2240 of the sum to x                    0.4  L2
-//  START       (4): being thread 0, arrives and polls                                     4.6  other blocks
-//  a layer                                                                  1127   32.5  37.4
+//  START       (4): being thread 0, arrives and polls                                     4.7  other blocks
+//  a layer                                                                  1127   32.5  37.3
 //
-// All blocks together need 34.1 us for their bytes, at the 4.65 TB/s of that GPU. Of the wait at (4), 3.2 us
-// pass until the last block has added, and 1.4 until all know. The producer goes on meanwhile, which is why
+// All blocks together need 34.1 us for their bytes, at the 4.65 TB/s of that GPU. Of the wait at (4), 3.4 us
+// pass until the last block has added, and 1.3 until all know. The producer goes on meanwhile, which is why
 // S2 takes less than its share.
 
 __global__ void __launch_bounds__(WORKERS + 32, 1)

@@ -962,7 +962,7 @@ def test_full_disk(nvcc, tmp_path):
 def test_expected_time():
     """What --explain expects, by two constants for all models, is bench.py's record within 5 %.
 
-    By as much do two H200s differ in what they read: 4.44 and 4.65 TB/s in results/.
+    By as much do H200s differ: bench.py has found some that read 4.44 TB/s and some that read 4.65.
     """
     rows = json.loads(Path(HERE, "results", "bench-h200.json").read_text())["rows"]
     off = {}
