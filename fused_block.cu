@@ -1101,6 +1101,8 @@ struct Worker {  // one thread's view
 // ----------------------------------------------------------------------------------------------------------
 // 8. The kernel
 //
+// Layers follow one another; the LM head is layer L, and after it comes layer 0 of the next token.
+//
 // A layer of 2.8b at T = 128, in the steps between the marks of -DTIMELINE; a mark ends its row. What thread
 // 0 of rank 1 of cluster 5 (block 11) does; the KB that its block reads, and the us at an even share of the
 // memory; the us that it took on an H200, the mean of the layers in results/ (`bench.py --timeline`).
@@ -1159,7 +1161,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
             *x_clear = m.residual + (rotation + 2) % 3 * C;
   Norms norms = w.load_norms(first_layer);
 
-  for (int layer = first_layer; position < end;) {  // layer L is final LayerNorm and LM head
+  for (int layer = first_layer; position < end;) {
     if (w.tid == 0) s.layer = layer;
     if (layer == 0) w.read_embedding(token, x);
     else w.read_residual(x_now, x);                                     // S0

@@ -53,8 +53,8 @@ def arguments(argv):
     add("--dtype", choices=("float32", "float16", "bfloat16"),
         help="of weights, activations and cache (default: float32 on a CPU, else float16)")
     add("--fused", action="store_true",
-        help="decode with the kernel in fused_block.cu: needs float16, a GPU of compute capability 9 or later, "
-             "and nvcc, which compiles it once for each shape; with temperature 0, 8 tokens in a launch")
+        help="decode with the kernel in fused_block.cu, with temperature 0 in launches of 8 tokens: needs "
+             "float16, a GPU of compute capability 9 or later, and nvcc, which compiles it once a shape")
     add("--graph", action=argparse.BooleanOptionalAction, default=True,
         help="with --fused: replay a CUDA graph (default: yes)")
     add("--explain", action="store_true",

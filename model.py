@@ -332,7 +332,7 @@ class Pythia(nn.Module):
         return cls(config, tensor)
 
     def fuse(self, cache=None, graph=True, cluster=None, **tuning):
-        """A `Fused` decoder: this model's weights, one kernel launch a token.
+        """A `Fused` decoder: this model's weights, and one kernel for whole decode steps.
 
         Compiles the kernel the first time. `cache` (from `new_cache`) is shared with the reference, so that
         either can go on where the other stopped. `graph` replays a captured CUDA graph; `cluster` and

@@ -2009,8 +2009,18 @@ def test_simulated_tokens(simulated, config, tuning):
 
 @torch.inference_mode()
 def test_simulated_edges(simulated):
-    model = random_half(SMALL, "cpu")
-    report_edges("edges on a CPU", model, simulated(model, 3, cluster=2))
+    model, V = random_half(SMALL, "cpu"), SMALL.vocab
+    fused = simulated(model, 3, cluster=2)
+
+    def logits(token):
+        fused.cache.fill_(0)
+        fused.start(token, 0)
+        fused.launch(0, SMALL.n_layer, tokens=1)
+        return fused.logits.clone()
+    for token, instead in ((-1, 0), (V, V - 1)):  # -1 stands where logits were not finite
+        report("edges on a CPU", f"token {token}: logits unlike those of {instead}",
+               not torch.equal(logits(token), logits(instead)))
+    report_edges("edges on a CPU", model, fused)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
@@ -2086,12 +2096,16 @@ def test_simulated_syncs(simulated, tmp_path):
             report("on a CPU", f"dropped {sync}: shown by order number", order, 100)
 
 
+@pytest.mark.parametrize("extra, left_out, words", [
+    ({"MUTANT": 11}, "", r"sync \(4\), where 1 blocks .* layer 0"),  # block 0 never arrives at (4)
+    ({}, "if (lm_head) rows(", rf"sync \(F\) in block .* layer {SMALL.n_layer}")], ids=["(4)", "(F)"])
 @torch.inference_mode()
-def test_simulated_hang(simulated):
-    """Block 0 never arrives at (4): the kernel says so, and ends."""
-    fused = simulated(random_half(SMALL, "cpu"), 3, cluster=2, extra={"MUTANT": 11})
+def test_simulated_hang(simulated, extra, left_out, words):
+    """An arrival, or the copies of the LM head, are left out: the kernel says so, and ends."""
+    source = SOURCE.replace(left_out, "if (false) rows(") if left_out else SOURCE
+    fused = simulated(random_half(SMALL, "cpu"), 3, cluster=2, extra=extra, source=source)
     fused.start(7, 100)
-    with pytest.raises(RuntimeError, match=r"sync \(4\), where 1 blocks .* layer 0"):
+    with pytest.raises(RuntimeError, match=words):
         fused.launch(0, SMALL.n_layer, tokens=1)
 
 
