@@ -129,7 +129,8 @@
 //                S3 has read (1)'s inbox           next head
 //  (e)  block    m, l, o of a warp's tokens        one thread a dimension     a merge with the head before
 //  (f)  block    that all it has to add is sent    the thread that arrives    (4) counts a block not yet done
-//  (g)  block    that (4) has been passed          all threads                the others run ahead of (4)
+//  (g)  block    that (4) has been passed; the     all threads                the others run ahead of (4)
+//                next token's plan and angles
 //  (h)  block    that a token is finished          producer                   copies of k, v not yet there
 //
 // What they are made of: (0) is the cluster's barrier instruction, (4) a counter in global memory, (a) to (g)
