@@ -8,8 +8,9 @@
 
 A step is the user's whole token: embedding, all blocks, final LayerNorm, LM head, greedy argmax; float16,
 batch 1, random weights. A sample is the mean of 16 steps back to back by CUDA events (of generate(): one
-token by the clock); the table has the median of 30 samples or more, and the 10th and 90th percentile. Fused
-makes 8 greedy tokens in a launch, as generate() has it; the baselines launch every step. The
+token by the clock); the table has the median of 30 samples or more (10 of the time to the second token), and
+the 10th and 90th percentile. Fused makes 8 greedy tokens in a launch, as Pythia.generate does; the baselines
+launch every step. The
 floor is the bytes that a step must read (every weight once, one row of embed_in, keys and values of the
 cached tokens) over the bandwidth of a kernel that only reads, in the same run. Nothing of ours is timed
 before its logits are compared with float64 arithmetic on the same float16 weights: fused may be no further
@@ -183,6 +184,8 @@ def exact_logits(model, token, cache, pos):
 def time_fused(case, fused, step=None, tokens=Fused.TOKENS):
     """Times `step`, which makes `tokens`; by default it is a launch."""
     step = step or functools.partial(fused.step, tokens=tokens)
+    if STEPS % tokens:
+        raise Refused(f"launches of {tokens} tokens do not make a sample of {STEPS}: take a divisor")
     case.fill()
     fused.start(case.token, case.context)
     fused.step()
@@ -195,6 +198,7 @@ def time_fused(case, fused, step=None, tokens=Fused.TOKENS):
     texts = []
     for function, times in ((fused.step, STEPS), (step, STEPS // tokens)):
         restart()
+        fused.history.fill_(-1)
         for _ in range(times):
             function()
         texts.append(fused.history[case.start:case.start + STEPS].tolist())
@@ -490,7 +494,7 @@ def build_all(args, results, arch):
 
 
 def compare(name, args, results):
-    """All rows of one model but the ablations."""
+    """A model's steps, time to the second token, and memory."""
     config, one = Config.from_name(name), torch.ones(8, 8, dtype=torch.float16, device="cuda")
     one @ one                                                     # allocates cuBLAS's workspace beforehand
     before = torch.cuda.memory_allocated()
@@ -737,11 +741,12 @@ def main(argv=None):
     add("--models", nargs="+", default=["160m", "2.8b"], metavar="SIZE",
         help="14m to 12b (default: 160m 2.8b)")
     add("--contexts", nargs="+", type=int, metavar="T",
-        help="tokens cached (default: 128 2000; --ablate: 128)")
+        help="tokens cached (default: 128 2000); --ablate and --timeline take the first alone (default: 128)")
     add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES), metavar="NAME",
         help=f"of {', '.join(BASELINES)}, or none after the flag (default: all)")
-    add("--ablate", action="store_true", help="variants of the kernel instead of baselines")
-    add("--timeline", action="store_true", help="what each thread block does when in a layer, nothing else")
+    mode = parser.add_mutually_exclusive_group().add_argument
+    mode("--ablate", action="store_true", help="variants of the kernel instead of baselines")
+    mode("--timeline", action="store_true", help="what each thread block does when in a layer, nothing else")
     add("--report", action="store_true", help="README tables and plots from results/, no measuring")
     args = parser.parse_args(argv)
     args.contexts = args.contexts or ([128] if args.ablate or args.timeline else [128, 2000])

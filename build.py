@@ -31,7 +31,7 @@ from model import SIZES, Config, Refused
 SOURCE = Path(__file__).with_name("fused_block.cu")
 # the most that one thread block may have, by the CUDA programming guide
 SHARED_BYTES = {"sm_90a": 227 * 1024, "sm_100a": 227 * 1024, "sm_120a": 99 * 1024}
-COMPILE_SECONDS = 10  # about, said before it starts; bench.py measures it
+COMPILE_SECONDS = 4  # about, said before it starts; bench.py measures it
 
 
 def default_cluster(config, sms=132):
@@ -58,7 +58,7 @@ def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, atte
     shape that the kernel has no code for.
     """
     c = config
-    cluster = cluster or default_cluster(c, sms)
+    cluster = default_cluster(c, sms) if cluster is None else cluster
     if cluster not in (1, 2, 4, 8):
         raise Refused(f"cluster size {cluster} is not offered: take 1, 2, 4 or 8")
     team = c.hidden // (8 if c.hidden < 4096 else 16)  # threads that hold a row: half a warp, or whole ones
@@ -73,7 +73,7 @@ def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, atte
             raise Refused(f"the fused kernel has no code for {what} {value}: run without fused")
     if c.eps != 1e-5:
         raise Refused(f"the fused kernel has LayerNorm eps 1e-5, not {c.eps}: run without fused")
-    if rows is None:  # two stages of 16 to 20 KB; less where the ring would not hold two tiles
+    if rows is None:  # two stages of 16 to 24 KB; less where the ring would not hold two tiles
         rows = 2 if SHARED_BYTES[arch] < 128 * 1024 else 8 if c.hidden < 4096 else 4
     if threads is None:  # README.md has the measurements of this and the next
         threads = 384 if 512 < c.hidden < 1024 else 256
@@ -89,7 +89,7 @@ def flags(defines, arch):
     """nvcc's arguments."""
     number = arch.removeprefix("sm_")
     return ["-O3", "-std=c++17", f"-gencode=arch=compute_{number},code={arch}", "-Xptxas=-v",
-            "-ftz=true", "-prec-div=false",  # branches fewer: subnormal floats are 0, a / b has 2 ulp
+            "-ftz=true", "-prec-div=false",  # fewer branches: subnormals are 0, a / b errs by 2 ulp
             *(f"-D{name}={value}" for name, value in defines.items())]
 
 
@@ -106,7 +106,7 @@ def compile_only(defines, arch):
 def load(defines, arch):
     """The compiled kernel as a ctypes library; compiles it the first time. Raises Refused."""
     from torch.utils import cpp_extension  # slow to import, and needed only here
-    nvcc()
+    nvcc()  # refuses early
     arguments = flags(defines, arch)
     key = SOURCE.read_bytes() + repr((arguments, torch.__version__, torch.version.cuda)).encode()
     name = f"fused_block_{defines['HIDDEN']}_{arch}_{hashlib.sha256(key).hexdigest()[:16]}"
@@ -138,7 +138,10 @@ def load(defines, arch):
 
 
 def kernel_hash():
-    """SHA-256 of fused_block.cu without comments and white space: what a record of a measurement is about."""
+    """SHA-256 of fused_block.cu without comments and white space: what a record of a measurement is about.
+
+    Flags and constants, which are this file's, are not in it: after a change of those, measure anew.
+    """
     code = re.sub(r"//[^\n]*|\s+", "", SOURCE.read_text())
     return hashlib.sha256(code.encode()).hexdigest()
 
@@ -170,7 +173,7 @@ class Progress:
     """A line with the seconds that have passed, while something runs that does not tell how far it is."""
 
     def __init__(self, title):
-        self.bar = tqdm(total=COMPILE_SECONDS, desc=title, bar_format="{desc}: {elapsed}", leave=True)
+        self.bar = tqdm(desc=title, bar_format="{desc}: {elapsed}", leave=True)
         self.done = threading.Event()
         self.thread = threading.Thread(target=self.tick, daemon=True)
 

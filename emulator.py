@@ -25,8 +25,8 @@ from build import SHARED_BYTES, constants
 from model import Config, Pythia, Refused
 
 SOURCE = Path(__file__).with_name("fused_block.cu").read_text()
-READ_CEILING = 4.58e12  # bytes a second that an H200 reads; bench.py measures it
-LAYER_US, TOKEN_US = 2.2, 10.5  # above the floor, a layer and the rest of a token: fits bench.py's record
+READ_CEILING = 4.58e12  # bytes a second, between the 4.44 and 4.65 that bench.py has found on H200s
+LAYER_US, TOKEN_US = 2.2, 10.5  # above the floor, a layer and a token: fits bench.py's record at 128 tokens
 
 # ---- constants ---------------------------------------------------------------------------------------------
 
@@ -377,7 +377,7 @@ class Emulator:
         self.workers = [Worker(self, block) for block in range(self.blocks)]  # (0)
         for w in self.workers:
             if first_layer == 0:
-                w.x = self.weight(-1, "embed_in", token)[k.column]
+                w.x = self.weight(-1, "embed_in", min(max(token, 0), k.V - 1))[k.column]
             else:
                 w.read_residual(self.residual[self.rotation])
         for layer in range(first_layer, last_layer):
@@ -437,19 +437,18 @@ def expected_us(config, position):
     return token_bytes(config, position) / READ_CEILING * 1e6 + LAYER_US * config.n_layer + TOKEN_US
 
 
-def explain(name, cluster=None, arch="sm_90a", sms=132, position=128, clusters=None):
+def explain(name, cluster=None, arch="sm_90a", position=128, sms=132):
     """Prints how the work on a token is laid out, for a model (one of SIZES, or a Config) and a GPU.
 
-    `cluster`: blocks in a cluster (default: by shape); `clusters`: how many of these the GPU holds (default:
-    an estimate); `position`: tokens in the cache. Needs neither GPU nor compiler. Raises Refused for what the
-    kernel has no code for.
+    `cluster`: blocks in a cluster (default: by shape); `position`: tokens in the cache; `sms`:
+    multiprocessors. Needs neither GPU nor compiler. Raises Refused for what the kernel has no code for.
     """
     from bench import token_bytes  # slow to import, and needed only here
     config = name if isinstance(name, Config) else Config.from_name(name)
     k = kernel_constants(constants(config, arch, cluster, sms=sms))
     if not 0 <= position < k.CTX:
         raise Refused(f"position {position} is not in 0..{k.CTX - 1}: take one that is")
-    clusters = clusters or fitting_clusters(k.K, sms)
+    clusters = fitting_clusters(k.K, sms)
     blocks, us = clusters * k.K, 1e6 / READ_CEILING
     work = []  # of each block: heads, hidden units, KB of heads, of K/V, of units, of all
     for block in range(blocks):
@@ -525,7 +524,7 @@ def main():
         if args.explain:
             explain(args.explain, args.cluster, args.arch, position=args.position)
         else:
-            check([5, 6, 7, 8], args.cluster or 2)
+            check([5, 6, 7, 8], 2 if args.cluster is None else args.cluster)
     except Refused as refusal:
         print(f"emulator.py: {refusal}", file=sys.stderr)
         return 2

@@ -87,9 +87,10 @@
 //                dot        each multiplies its 8 columns by its 8 of x; the team adds up: (c), once a tile
 //                axpy       each adds a times its 8 columns to its 8 of y, in registers: nobody need meet
 //
-//   producer     one lane of one more warp. It does nothing but start copies of weights and cached tokens
-//                into the ring: STAGES slots of shared memory, filled and emptied in turn. Weights do not
-//                depend on activations, so it runs ahead, past syncs and layers, while a slot is empty
+//   producer     one lane of one more warp; the threads of the others are workers. It does nothing but start
+//                copies of weights and cached tokens into the ring: STAGES slots of shared memory, filled and
+//                emptied in turn. Weights do not depend on activations, so it runs ahead, past syncs, layers
+//                and tokens, while a slot is empty
 //
 // Registers are a thread's own, shared memory (227 KiB) a block's; global memory, behind the L2 cache, is
 // everybody's, and has the weights, x and the cache.
@@ -110,8 +111,8 @@
 // 2. The syncs: points that some threads pass only when others have reached theirs; the code repeats the ids
 //
 // m, l, o belong to a set of tokens: its largest score; the sum of 2^(score - m); that of 2^(score - m) * v.
-// A push is a store into another block's shared memory that counts its bytes on an mbarrier there. An inbox
-// is an array that pushes go to.
+// A push is a store into another block's shared memory that counts its bytes on an mbarrier (below) there. An
+// inbox is an array that pushes go to. Peers are the other blocks of a cluster.
 //
 //  id   scope    publishes                         to                         without it
 //  (0)  cluster  barriers, plan, RoPE's angles     peers and all threads      a push into a block not there
@@ -119,7 +120,7 @@
 //  (2)  cluster  m, l, o of a rank's tokens        the owners of parts of o   a rank's tokens are forgotten
 //  (3)  cluster  partial sums of y                 the owners of columns      x lacks a peer's contribution
 //  (4)  grid     x of the next layer; zeros;       everybody                  LayerNorm of an unfinished x
-//                the best logit
+//                k, v; the best logit
 //  (F)  block    a stage of the ring is full       workers                    arithmetic on bytes not here
 //  (E)  block    a stage of the ring is empty      producer                   bytes overwritten while in use
 //  (a)  block    x, read once                      all teams                  columns of the layer before
@@ -128,16 +129,19 @@
 //  (d)  block    q, and k and v in fp16; that      all warps; pushes of the   attention with half-rotated q
 //                S3 has read (1)'s inbox           next head
 //  (e)  block    m, l, o of a warp's tokens        one thread a dimension     a merge with the head before
-//  (f)  block    that all it has to add is sent    the thread that arrives    (4) counts a block not yet done
-//  (g)  block    that (4) has been passed; the     all threads                the others run ahead of (4)
-//                next token's plan and angles
-//  (h)  block    that a token is finished          producer                   copies of k, v not yet there
+//  (f)  block    that all it has to add or store   the thread that arrives    (4) counts a block not yet done
+//                is sent; next plan and angles
+//  (g)  block    that (4) has been passed          all threads                the others run ahead of (4)
+//  (h)  block    that (4) after the LM head is     producer                   copies of k, v not yet there
+//                passed
 //
 // What they are made of: (0) is the cluster's barrier instruction, (4) a counter in global memory, (a) to (g)
 // barriers of a block's workers or of a team. (1) (2) (3) (F) (E) (h) are mbarriers: words in shared memory
 // that count arrivals and, but for (E) and (h), bytes, so that the data itself releases whoever waits. A
-// phase is a round of an mbarrier: it completes when all that it counts has come, and the next begins. The
-// end of a launch is a sync too: x, the cache's new rows and State reach the next launch through it.
+// phase is a round of an mbarrier: it completes when all that it counts has come, and the next begins. One
+// more, workers_done, orders nothing: it keeps the producer until the workers need no patience (PATIENCE,
+// chapter 5). The end of a launch is a sync too: x, the cache's new rows and State reach the next launch
+// through it.
 //
 // Nobody says that an inbox of (1), (2) or (3) is free again, as (E) does for the ring: the later syncs imply
 // it. Before a peer pushes into an inbox again, it passes a sync at which it waits for the inbox's owner, who
@@ -150,14 +154,15 @@
 //
 // (S2's rows: a team that uses (2)'s inbox, for its output rows, has rows of the next head's q, k, v too, and
 // sends them afterwards; the others use nothing of what they read. And the next phase of (2) waits for this
-// block's own m, l, o, which come after (d).) So no mbarrier completes a phase before all threads of its
-// block have seen the one before, and one bit, the parity, tells which phase it is in.
+// block's own m, l, o, which come after (d).) At (h) only the producer waits, and the workers cannot reach
+// the next (h) without the stages that it copies afterwards. So no phase of an mbarrier completes before all
+// who wait for the one before have seen it, and one bit, the parity, tells which phase it is in.
 //
 // Without any one of these syncs the result changes, or the launch does not end (python test_block.py -k
 // simulated_syncs, on a CPU).
 //
-// A block may leave while its own pushes fly: they come from registers. None leaves while pushes fly towards
-// it: it waits for every byte of (1), (2) and (3).
+// No block leaves while pushes fly, its own or a peer's: it leaves after a (4), before which every block has
+// waited for all of its bytes of (1), (2) and (3).
 
 // ----------------------------------------------------------------------------------------------------------
 // 3. Configuration
@@ -233,7 +238,7 @@ struct Layer {  // weights, fp16, read only; the matrices are rows of C (see mod
   const half *w_down, *b_down;                // [F] rows, [C]
 };
 
-struct State {  // global memory, kept between launches; read before (0), written at the end of a launch
+struct State {  // global memory, kept between launches; up to `arrivals` read before (0), written at the end
   int token;                   // the next to be read: the last argmax, or -1 if that is not finite
   int position;                // tokens in the cache
   unsigned rotation;           // which of the three residual buffers holds x
@@ -250,7 +255,7 @@ struct Model {  // the kernel's one parameter: pointers only, the same for every
   Layer layers[L];
   const half *embed_in, *lnf_w, *lnf_b, *embed_out;  // [V] rows, [C], [C], [V] rows
   const float *rope_cos, *rope_sin;                  // [CTX][ROT/2]
-  half* cache;                   // [L][2][NH][CTX][HS] keys and values; a launch writes one row of each
+  half* cache;                   // [L][2][NH][CTX][HS] keys and values; each token writes one row of each
   long long* residual;           // [3][C] fixed point (chapter 6); the three roles are below
   float* logits;                 // [V]
   int* history;                  // [CTX] the token chosen at each position
@@ -267,8 +272,9 @@ struct Model {  // the kernel's one parameter: pointers only, the same for every
 //     layer l + 2   0: next x, sums arrive  1: cleared               2: x, read
 //
 // Between two roles of a buffer stands a (4), which no block passes before all arrive: all have read it
-// before one clears it, it is clear before one adds, all sums are in it before one reads. (After the last
-// layer the LM head reads x, and has a (4) of its own; layer 0 reads the embedding instead.)
+// before one clears it, it is clear before one adds, all sums are in it before one reads. (The LM head reads
+// x and has a (4) of its own, but no role changes; layer 0 reads the embedding instead.) `best` takes turns
+// too: found before an LM head's (4), read after it, cleared at the next LM head, used at the one after.
 
 // Who does what for a token. Depends on block, grid and position alone: every run divides work alike.
 struct Plan {
@@ -292,13 +298,13 @@ struct alignas(128) Shared {                        // bytes      what; writer -
   float part_o[WARPS][HS], part_m[WARPS],
       part_l[WARPS];                                // 3280       (e) of a warp's tokens; S5 -> S5; next (d)
   float dots[2][TEAMS][R][TEAM_WARPS];              // 640        (c) two in turn, see dot_tile
-  float stats[TEAMS][TEAM_WARPS][2];                // 80         (b) mean, squares; S1 -> S1; next (a)
-  float rope_cos[ROT / 2], rope_sin[ROT / 2];       // 80         (0) of this position; until S10
-  Plan plan;                                        // 32         (0) this block's; until S10
+  float stats[TEAMS][TEAM_WARPS][2];                // 80         (b) mean, squares; S1 -> S1; (f)
+  float rope_cos[ROT / 2], rope_sin[ROT / 2];       // 80         (0) (f) of this position; until S10
+  Plan plan;                                        // 32         (0) (f) this block's; until S10
   int layer;                                        // 4          for the report of a failure
   uint64_t full[STAGES], empty[STAGES];             // 160        (F), (E)
   uint64_t qkv_ready, slice_ready, sums_ready;      // 24         (1), (2), (3)
-  uint64_t token_ready, workers_done;               // 16         (h); for the producer to leave last
+  uint64_t token_ready, workers_done;               // 16         (h); keeps the producer, see PATIENCE
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory: FIXED_BYTES is wrong");
 
@@ -485,7 +491,7 @@ __device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int 
 __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t parity, SyncId sync) {
   const bool by_peers = sync <= SYNC_SUMS;
   if (!(by_peers ? pushes_open(barrier, parity) : barrier_open(barrier, parity))) return;
-  // The producer waits for workers, and they know the cause: they get to report it.
+  // Twice as long for the producer: workers, but for those at (F), know the cause and get to report it.
   const long long patience = by_peers ? PATIENCE : 2 * PATIENCE, start = clock64();
   while (by_peers ? pushes_open(barrier, parity) : barrier_open(barrier, parity))
     if (clock64() - start > patience) give_up(m.failure, sync, s.layer, parity);
@@ -612,7 +618,8 @@ __device__ half* cache_row(const Model& m, int layer, int kv, int head, int toke
 //
 // The same tiles in the same order as the workers' (chapter 8). A stage carries no name: order alone says
 // what is in it, so a change of order here needs the same change there. A copy brings the rows that exist and
-// no more; the rest of its stage keeps old bytes. It runs on into the next token, whose weights are the same.
+// no more; the rest of its stage keeps old bytes. It runs on into the next token, whose weights are the same;
+// only cached tokens wait there, once, for (h); not at a launch's first token (is_first).
 struct Producer {
   const Model& m;
   Shared& s;
@@ -687,7 +694,7 @@ struct Producer {
       token(first_layer, last_layer, position, position == first);
       if (lm_head) rows(m.embed_out, nullptr, lm_head_row(blockIdx.x), lm_head_row(blockIdx.x + 1));
     }
-    wait(m, s, &s.workers_done, 0, SYNC_FULL);
+    wait(m, s, &s.workers_done, 0, SYNC_FULL);  // stays for workers that may hang at (F): see PATIENCE
   }
 };
 
@@ -787,6 +794,7 @@ struct Worker {  // one thread's view
   }
 
   __device__ void read_embedding(int token, Columns& x) const {
+    // -1, too, reads a row that exists: the launch makes its other tokens, and the host stops at the -1.
     const half* row = m.embed_in + (size_t)min(max(token, 0), V - 1) * C;
     for (int p = 0; p < PIECES; p++) widen(load16(row + column(8 * p)), x + 8 * p);
   }
@@ -1105,8 +1113,8 @@ struct Worker {  // one thread's view
 // Layers follow one another; the LM head is layer L, and after it comes layer 0 of the next token.
 //
 // A layer of 2.8b at T = 128, in the steps between the marks of -DTIMELINE; a mark ends its row. What thread
-// 0 of rank 1 of cluster 5 (block 11) does; the KB that its block reads, and the us at an even share of the
-// memory; the us that it took on an H200, the mean of the layers in results/ (`bench.py --timeline`).
+// 0 of rank 1 of cluster 5 (block 11) does; the KB that its block reads, and the us at 34.7 KB a us; the us
+// that it took on an H200, with marks, the mean of the layers in results/ (`bench.py --timeline`).
 //
 //  mark        thread 0 of block 11                                           KB  share  took  waits for
 //  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                 1.1  L2, (a)
@@ -1127,6 +1135,8 @@ struct Worker {  // one thread's view
 // pass until the last block has added, and 1.3 until all know. The producer goes on meanwhile, which is why
 // S2 takes less than its share.
 
+// tokens: how many to make, fewer where the cache ends; 0: first_layer..last_layer - 1 alone, no LM head.
+// Every thread keeps token, position, turn, arrivals and rotation for itself; all have the same.
 __global__ void __launch_bounds__(WORKERS + 32, 1)
 fused_block(const __grid_constant__ Model m, const int first_layer, const int last_layer, const int tokens) {
   extern __shared__ __align__(128) uint8_t raw[];
@@ -1155,7 +1165,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
   const Plan& plan = s.plan;
   Worker w{m, s};
   const bool is_first = blockIdx.x == 0 && w.tid == 0;  // of all threads
-  // x and the two output biases must enter a layer's sum once: the first team of the last block brings them.
+  // The first team of the last block brings x and the output biases into a layer's sum, once: see S9.
   const bool carries_x = blockIdx.x == gridDim.x - 1 && w.team == 0;
   Columns x, xn1, xn2;
   long long *x_now = m.residual + rotation % 3 * C, *x_next = m.residual + (rotation + 1) % 3 * C,
@@ -1171,8 +1181,8 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     w.affine(x, norms.w1, norms.b1, xn1);
 
     if (layer == L) {
-      if (is_first) state.best[turn ^ 1] = 0;          // the last token's: all have read it
-      if (position + 1 < end) {                        // no thread reads this token's any more
+      if (is_first) state.best[turn ^ 1] = 0;          // chapter 4: all have read it
+      if (position + 1 < end) {                        // plan, angles: last read before (4) of layer L - 1
         if (w.tid == 0) s.plan = make_plan(blockIdx.x, gridDim.x, position + 1);
         load_rope(m, s, position + 1, WORKERS);
       }
@@ -1231,11 +1241,11 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     long long* const x_last = x_now;
     x_now = x_next, x_next = x_clear, x_clear = x_last, rotation++, layer++;
     w.grid_barrier(arrivals += gridDim.x);                              // (4)
-    MARK(MARK_START);
+    MARK(MARK_START);                                                   // of the next layer
     if (layer == last_layer && tokens == 0) break;
   }
   if (w.lane == 0) barrier_arrive(&s.workers_done);
-  if (is_first) {  // all have read State, and are past the last (4)
+  if (is_first) {  // all have arrived at the last (4), so have read these
     state.token = token, state.position = position, state.rotation = rotation % 3;
     state.turn = turn, state.arrivals = arrivals;
   }
@@ -1297,7 +1307,7 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
 // 1. K: cluster=1 and cluster=4 (python bench.py --ablate). Expect both to be slower, 1 by far: a head's rows
 // all fall to one block; with 4, fewer blocks fit. Which of (1), (2), (3) gets longer?
 // 2. build.py: ROWS 4 and 16 instead of 8. With 4, reductions come twice as often; with 16, the ring is two
-// tiles, 4 stages of 40 KB, and the producer one tile ahead at most. Expect both to be slower, 16 by far.
+// tiles, 4 stages of 40 KB, and the producer one tile ahead at most. Expect 4 to cost 1 %, 16 far more.
 // 3. make_plan: filler = 0. The bits of y change, as every thread adds in another order. The block of a head
 // takes longer by what (1) and (2) take to travel; how much is that of a token?
 // 4. build.py: attention_kib = 0. Expect the blocks with a head to arrive last at (4). make_plan:

@@ -13,7 +13,7 @@ examples:
   echo "The whale" | python generate.py --prompt - --temperature 0
   python generate.py --model EleutherAI/pythia-1b --revision step3000 --dtype bfloat16
   python generate.py --model EleutherAI/pythia-2.8b --fused --prompt "The meaning of life is"
-  python generate.py --model pythia-2.8b --random --fused            (speed only, no download)
+  python generate.py --model pythia-2.8b --random --fused --temperature 0     (speed only, no download)
 
 Prompt and text go to standard output as they come, everything else to standard error. There the last line
 is one fact to compare: model, dtype, device, new tokens, ms a token, tokens/s. A ms a token is the wall time
@@ -54,7 +54,7 @@ def arguments(argv):
         help="of weights, activations and cache (default: float32 on a CPU, else float16)")
     add("--fused", action="store_true",
         help="decode with the kernel in fused_block.cu, with temperature 0 in launches of 8 tokens: needs "
-             "float16, a GPU of compute capability 9 or later, and nvcc, which compiles it once a shape")
+             "float16, a GPU of compute capability 9.0, and nvcc, which compiles it once a shape")
     add("--graph", action=argparse.BooleanOptionalAction, default=True,
         help="with --fused: replay a CUDA graph (default: yes)")
     add("--explain", action="store_true",
@@ -79,10 +79,13 @@ def main(argv=None):
             return explain(config)
         device = args.device or ("cuda" if torch.cuda.is_available() else
                                  "mps" if torch.backends.mps.is_available() else "cpu")
-        dtype = args.dtype or ("float32" if device == "cpu" else "float16")
+        kind = device.partition(":")[0]
+        dtype = args.dtype or ("float32" if kind == "cpu" else "float16")
         prompt = args.prompt
         if prompt == "-":
             prompt = sys.stdin.buffer.read().decode(errors="replace").rstrip("\n")
+        if args.random and args.revision:
+            raise Refused("random weights have no revision: leave --revision out")
         if args.random:
             model, text = Pythia.random(args.model, args.seed, DTYPES[dtype], device), TokenIds()
         else:
@@ -93,7 +96,7 @@ def main(argv=None):
                                 args.seed, args.fused, args.graph)
         name = os.path.basename(os.path.normpath(args.model))
         name += f"@{args.revision}" if args.revision else " (random weights)" if args.random else ""
-        where = {"cpu": f"cpu ({torch.get_num_threads()} threads)", "mps": "mps"}.get(device)
+        where = {"cpu": f"cpu ({torch.get_num_threads()} threads)", "mps": "mps"}.get(kind)
         where = where or torch.cuda.get_device_name(device)
         how = "" if not args.fused else ", fused kernel" if args.graph else ", fused kernel without a graph"
         return stream(tokens, args.tokens, prompt, text, model.config, f"{name}, {dtype}, {where}{how}")

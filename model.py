@@ -225,11 +225,13 @@ class Pythia(nn.Module):
         `temperature` 0 takes the likeliest token; above 0 draws from softmax(logits / temperature), cut to
         the `top_k` likeliest tokens and then to the fewest that hold probability `top_p`. `seed` repeats the
         draws on the same kind of device. The text ends early with a token of `config.eos`, which is yielded;
-        if it ends early without one, all `config.context` positions are used. `graph` matters only with
-        `fused`. Raises Refused, before any work, for arguments that cannot be.
+        if it ends early without one, all `config.context` positions are used. With `fused`, tokens come
+        `Fused.TOKENS` at a time at temperature 0, and `graph` matters. Raises Refused, before any work, for
+        arguments that cannot be.
         """
         tokens = torch.as_tensor(tokens, dtype=torch.int64)
         check_arguments(self.config, tokens, max_new_tokens, temperature, top_k, top_p)
+        check_seed(seed)
         rng = torch.Generator(self.embed_in.device)
         rng.seed() if seed is None else rng.manual_seed(seed)
         sampler = Sampler(temperature, top_k, top_p, rng)
@@ -310,6 +312,7 @@ class Pythia(nn.Module):
         kind of device: same weights.
         """
         check_device(dtype, device)
+        check_seed(seed)
         config = name if isinstance(name, Config) else Config.from_name(name)
         rng = torch.Generator(device).manual_seed(seed)
         outliers = torch.randperm(config.hidden, generator=rng, device=device)[:4]
@@ -337,7 +340,7 @@ class Pythia(nn.Module):
         Compiles the kernel the first time. `cache` (from `new_cache`) is shared with the reference, so that
         either can go on where the other stopped. `graph` replays a captured CUDA graph; `cluster` and
         `tuning` are arguments of build.constants. Raises Refused where the kernel cannot run: no CUDA GPU of
-        compute capability 9 or later, another dtype than float16, a shape it has no code for, no compiler.
+        compute capability 9, another dtype than float16, a shape it has no code for, no compiler.
         """
         return Fused(self, cache, graph, cluster, **tuning)
 
@@ -354,7 +357,8 @@ class Sampler:
         """A token (0-d int64) from logits [V]; -1 where they are not finite."""
         best, token = logits.max(-1)                                              # the first of equals
         if self.temperature > 0:
-            logits, order = (logits.float() / self.temperature).sort(descending=True, stable=True)
+            logits = (logits.float() - best) / self.temperature                   # 0 and less: none overflows
+            logits, order = logits.sort(descending=True, stable=True)
             probs = logits[:self.top_k].nan_to_num().softmax(-1)
             if self.top_p:
                 probs = probs.where(probs.cumsum(-1) - probs < self.top_p, 0)     # likelier ones hold top_p
@@ -382,6 +386,12 @@ def check_arguments(config, tokens, max_new_tokens, temperature, top_k, top_p):
         raise Refused(f"top-k {top_k} leaves no token: take 1 or more")
     if top_p is not None and not 0 < top_p <= 1:
         raise Refused(f"top-p {top_p} is not a probability that leaves a token: take more than 0, at most 1")
+
+
+def check_seed(seed):
+    """Refuses a seed that torch's generators do not take; None stands for any."""
+    if seed is not None and not -2**63 <= seed < 2**64:
+        raise Refused(f"seed {seed} is not possible: take one from -2**63 to 2**64 - 1")
 
 
 def read_config(fields):
@@ -511,7 +521,8 @@ def check_device(dtype, device):
     if dtype not in DTYPES.values():
         raise Refused(f"dtype {dtype} is not supported on {device}: take {', '.join(DTYPES)}")
     try:
-        torch.ones(8, 8, dtype=dtype, device=device) @ torch.ones(8, 8, dtype=dtype, device=device)
+        one = torch.ones(8, 8, dtype=dtype, device=device)
+        (one @ one).sum().item()
     except (RuntimeError, AssertionError, TypeError) as error:
         raise Refused(f"device {device} cannot compute in {dtype} ({first_line(error)}): "
                       "take another dtype, or device cpu") from error
@@ -598,8 +609,10 @@ class Fused:
     def launch(self, first_layer, last_layer, tokens=0):
         """Layers first_layer..last_layer - 1 on the current stream.
 
-        From layer 0 on, x is the token's embedding; later, what the last launch left. With 1 of `tokens`,
-        logits and argmax follow, and the position advances; with more, all layers go on with the argmax.
+        From layer 0 on, x is the token's embedding; later, what the last launch left. With `tokens` 0 that is
+        all. With 1, logits and argmax follow, and the position advances: last_layer has to be n_layer. With
+        more, all layers go on with the argmax: first_layer has to be 0. Fewer are made where the context
+        ends.
         """
         with torch.cuda.device(self.device):
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -607,7 +620,7 @@ class Fused:
                                             tokens, stream))
 
     def step(self, sampler=None, tokens=1):
-        """`tokens` in one launch, without waiting for it: replays its graph, captured the first time.
+        """`tokens` in one launch, without waiting for it: replays its graph, captured when first asked for.
 
         The kernel takes the likeliest token; a `sampler` with a temperature chooses anew, on the device too,
         and one token at a time.
@@ -626,18 +639,22 @@ class Fused:
             self.history.index_copy_(0, self.state[1:2].long() - 1, token.view(1).int())
 
     def capture(self, sampler, tokens):
-        self.graph, self.captured = torch.cuda.CUDAGraph(), (sampler, tokens)
+        graph = torch.cuda.CUDAGraph()
         if sampler is not None and sampler.temperature > 0:
             drawn = sampler.rng.get_state()
             sampler(self.logits)                                                  # loads PyTorch's kernels
             sampler.rng.set_state(drawn)
-            self.graph.register_generator_state(sampler.rng)
+            graph.register_generator_state(sampler.rng)
         side = torch.cuda.Stream(self.device)  # the default is on the GPU that captured first
-        with torch.cuda.device(self.device), torch.cuda.graph(self.graph, stream=side):
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=side):
             self.launch_and_choose(sampler, tokens)
+        self.graph, self.captured = graph, (sampler, tokens)
 
     def decode(self, token, pos, steps, sampler=None):
-        """Yields `steps` tokens (ints) after `token` at `pos`, a launch's while the GPU makes the next's."""
+        """Yields `steps` tokens (ints) that follow `token` at `pos`.
+
+        While the host reads those of one launch, the GPU makes those of the next.
+        """
         if steps > 0:
             self.start(token, pos)
         most = self.TOKENS if sampler is None or sampler.temperature == 0 else 1
@@ -646,7 +663,9 @@ class Fused:
         ready = [torch.cuda.Event(), torch.cuda.Event()]
         for n in range(len(launches) + 1):
             if n < len(launches):
-                self.step(sampler, launches[n].stop - launches[n].start)
+                tokens = launches[n].stop - launches[n].start
+                # the last may be shorter: to capture another graph for it would take longer
+                (self.step if tokens == most else self.launch_and_choose)(sampler, tokens)
                 ready[n % 2].record(torch.cuda.current_stream(self.device))
             if n > 0:
                 made = self.history[launches[n - 1]]

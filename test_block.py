@@ -403,7 +403,10 @@ REFUSALS = {  # name: (what is done to a good checkpoint, arguments, words the s
     "dtype not supported": (None, ["--dtype", "float64"], ["--dtype", "float32"]),
     "dtype on no device": (None, ["--device", "abacus", "--dtype", "float16"], ["abacus", "float16", "cpu"]),
     "no such device": (None, ["--device", "cuda:99"], ["cuda:99", "cpu"]),
+    "device without values": (None, ["--device", "meta"], ["meta", "float16", "cpu"]),
     "no such size": (None, ["--random", "--model", "pythia-3b"], ["pythia-3b", "pythia-2.8b"]),
+    "random with revision": (None, ["--random", "--revision", "step1"], ["--revision"]),
+    "seed": (None, ["--seed", "9" * 23], ["seed 9", "2**64"]),
     "temperature": (None, ["--temperature", "-1"], ["temperature", "-1"]),
     "top-k": (None, ["--top-k", "0"], ["top-k", "0"]),
     "top-p": (None, ["--top-p", "1.5"], ["top-p", "1.5"]),
@@ -735,6 +738,14 @@ def report_frequencies(what, model, cases, skip=0, **kw):
         report(what, label + "is not T * 1.5", limit, found)
 
 
+def test_temperatures():
+    """However small a temperature above 0 is, and however large, all is drawn from logits that fit."""
+    logits, rng = torch.tensor([1.0, 5.0, 3.0, -1.0]), torch.Generator().manual_seed(0)
+    for temperature, most in ((1e-39, 1), (1e-3, 1), (1e30, 4)):
+        drawn = {int(Sampler(temperature, rng=rng)(logits)) for _ in range(100)}
+        report("sampling", f"T {temperature}: kinds of tokens of 100 unlike {most}", abs(len(drawn) - most))
+
+
 @pytest.mark.parametrize("settings", [(1, None, None), (0.6, None, None), (1, 10, None), (1, None, 0.7),
                                       (0.8, 20, 0.8)])
 def test_frequencies(settings):
@@ -833,7 +844,9 @@ def test_build_refusals(tmp_path, monkeypatch, fake_nvcc):
                                 ("41 layers", {"n_layer": 41}, ["layers 41"]),
                                 ("LayerNorm eps", {"eps": 1e-6}, ["eps", "1e-06"])):
         report_refused(case, ["run without fused", *words], build.constants, replace(config, **fields))
-    report_refused("clusters of 3", ["3", "1, 2, 4 or 8"], build.constants, config, cluster=3)
+    for cluster in (0, 3):
+        report_refused(f"clusters of {cluster}", [f"{cluster}", "1, 2, 4 or 8"], build.constants, config,
+                       cluster=cluster)
     for dtype in (torch.float32, torch.float16):
         model = Pythia.random(replace(config, n_layer=1), dtype=dtype)
         words = [str(dtype), "cpu", "CUDA GPU", "leave fused out"]
