@@ -10,11 +10,10 @@ A step is the user's whole token: embedding, all blocks, final LayerNorm, LM hea
 batch 1, random weights. A sample is the mean of 16 steps back to back by CUDA events (of generate(): one
 token by the clock); the table has the median of 30 samples or more (10 of the time to the second token), and
 the 10th and 90th percentile. Fused makes 8 greedy tokens in a launch, as Pythia.generate does; the baselines
-launch every step. The
-floor is the bytes that a step must read (every weight once, one row of embed_in, keys and values of the
-cached tokens) over the bandwidth of a kernel that only reads, in the same run. Nothing of ours is timed
-before its logits are compared with float64 arithmetic on the same float16 weights: fused may be no further
-off than the float16 reference, a baseline twice as far. Raw samples are merged into
+launch every step. The floor is the bytes that a step must read (every weight once, one row of embed_in, keys
+and values of the cached tokens) over the bandwidth of a kernel that only reads, in the same run. Nothing of
+ours is timed before its logits are compared with float64 arithmetic on the same float16 weights: fused may be
+no further off than the float16 reference, a baseline twice as far. Raw samples are merged into
 results/bench-<gpu>.json. Only --report needs matplotlib: pip install matplotlib==3.11.2
 
 baselines, each with the best of its settings:

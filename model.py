@@ -622,8 +622,7 @@ class Fused:
     def step(self, sampler=None, tokens=1):
         """`tokens` in one launch, without waiting for it: replays its graph, captured when first asked for.
 
-        The kernel takes the likeliest token; a `sampler` with a temperature chooses anew, on the device too,
-        and one token at a time.
+        The kernel takes the likeliest token; a `sampler` chooses anew, on the device too, a token at a time.
         """
         if not self.use_graph:
             return self.launch_and_choose(sampler, tokens)
@@ -633,14 +632,14 @@ class Fused:
 
     def launch_and_choose(self, sampler, tokens):
         self.launch(0, self.config.n_layer, tokens)
-        if sampler is not None and sampler.temperature > 0:
+        if sampler is not None:
             token = sampler(self.logits)
             self.state[:1] = token
             self.history.index_copy_(0, self.state[1:2].long() - 1, token.view(1).int())
 
     def capture(self, sampler, tokens):
         graph = torch.cuda.CUDAGraph()
-        if sampler is not None and sampler.temperature > 0:
+        if sampler is not None:
             drawn = sampler.rng.get_state()
             sampler(self.logits)                                                  # loads PyTorch's kernels
             sampler.rng.set_state(drawn)
@@ -657,7 +656,9 @@ class Fused:
         """
         if steps > 0:
             self.start(token, pos)
-        most = self.TOKENS if sampler is None or sampler.temperature == 0 else 1
+        if sampler is not None and sampler.temperature == 0:
+            sampler = None                                                        # the kernel does as much
+        most = self.TOKENS if sampler is None else 1
         launches = [slice(at, min(at + most, pos + steps)) for at in range(pos, pos + steps, most)]
         reader, host = torch.cuda.Stream(self.device), torch.zeros(most, dtype=torch.int32).pin_memory()
         ready = [torch.cuda.Event(), torch.cuda.Event()]

@@ -974,17 +974,16 @@ def test_full_disk(nvcc, tmp_path):
 
 
 def test_expected_time():
-    """What --explain expects, by two constants for all models, is bench.py's record within 5 %.
+    """What --explain expects, by two constants for all models, is bench.py's record within 2 %.
 
-    By as much do H200s differ: bench.py has found some that read 4.44 TB/s and some that read 4.65.
+    So much do the five medians of one configuration of 160m in that record differ: 91.1 to 92.9 us.
     """
-    rows = json.loads(Path(HERE, "results", "bench-h200.json").read_text())["rows"]
-    off = {}
+    rows, off = json.loads(Path(HERE, "results", "bench-h200.json").read_text())["rows"], {}
     for name in SIZES:
         if us := rows.get(f"step {name} 128 fused", {}).get("us"):
             off[name] = abs(expected_us(Config.from_name(name), 128) / float(np.median(us)) - 1)
     worst = max(off, key=off.get)
-    report("--explain", f"expected / measured - 1 of {len(off)} models, worst {worst}", off[worst], 0.05)
+    report("--explain", f"expected / measured - 1 of {len(off)} models, worst {worst}", off[worst], 0.02)
 
 
 def test_record_is_current():
@@ -2036,9 +2035,10 @@ def test_simulated_decode(simulated, monkeypatch):
         launch(0, AHEAD.n_layer, tokens=1)
     text, wrong = fused.history[:19].tolist(), 0
     for steps, launches in ((0, []), (1, [1]), (8, [8]), (9, [8, 1]), (19, [8, 8, 3])):
-        tokens.clear()
-        fused.history.zero_()
-        wrong += list(fused.decode(5, 0, steps)) != text[:steps] or tokens != launches
+        for sampler in (None, Sampler()):
+            tokens.clear()
+            fused.history.zero_()
+            wrong += list(fused.decode(5, 0, steps, sampler)) != text[:steps] or tokens != launches
     report("on a CPU", "texts of 0 to 19 tokens, with other tokens or launches", wrong)
     tokens.clear()
     drawn = list(fused.decode(5, 0, 3, Sampler(1.0, rng=torch.Generator().manual_seed(0))))
