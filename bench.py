@@ -4,6 +4,7 @@
     python bench.py --models 160m --baselines graph compile   only these baselines; results are merged
     python bench.py --ablate                                  one thing about the kernel changed at a time
     python bench.py --timeline --models 2.8b                  where a layer's microseconds go, block by block
+    python bench.py --counters --models 2.8b                  what the GPU counts meanwhile; needs ncu
     python bench.py --report                                  README and plots from results/; needs no GPU
 
 A step is the user's whole token: embedding, all blocks, final LayerNorm, LM head, greedy argmax; float16,
@@ -31,6 +32,7 @@ not go on to generate a text, as compile-static could.
 """
 import argparse
 import copy
+import csv
 import ctypes
 import functools
 import gc
@@ -407,7 +409,13 @@ BASELINES = {"eager": time_eager, "graph": time_graph, "compile": time_compile,
              "transformers-static": functools.partial(time_generate, cache_implementation="static")}
 ABLATIONS = {"as shipped": {}, **{f"clusters of {k}": {"cluster": k} for k in (1, 2, 4, 8)},
              **{f"{n} threads at least": {"threads": n} for n in (128, 256, 384, 512)},
-             **{f"{n} rows a team and tile": {"rows": n} for n in (2, 4, 8)}}
+             **{f"{n} rows a team and tile": {"rows": n} for n in (2, 4, 8)}, "no pace": {"pace": 2**20}}
+
+COUNTED = 64  # tokens, around the context that is asked for
+COUNTERS = {  # the names that Nsight Compute has for them, of Hopper
+    "time": "gpu__time_duration.sum", "read": "dram__bytes_read.sum",
+    "busy": "dram__cycles_active.avg.pct_of_peak_sustained_elapsed",
+    "issued": "sm__inst_executed.avg.per_cycle_elapsed"}
 
 PHASES = ("S0 x, S1 LayerNorm", "S2 q, k, v rows", "S8 units, wait for (1)", "S3-S5 rope, append, attend",
           "S8 units, wait for (2)", "S6, S7 out rows", "S8 units", "S9 sum, wait for (3)", "S9 add to x",
@@ -465,7 +473,8 @@ def measure(args):
         os.environ["TORCH_EXTENSIONS_DIR"] = folder               # so that no kernel is found already built
         build_all(args, results, arch)
         for name in tqdm(args.models, desc="measuring", unit="model"):
-            what = timeline if args.timeline else ablate if args.ablate else compare
+            what = (timeline if args.timeline else ablate if args.ablate else
+                    counters if args.counters else compare)
             outcome = attempt(lambda name=name, what=what: what(name, args, results))
             if outcome:                                           # too large for this GPU, for one
                 results.add("step", name, args.contexts[0], "fused", lambda outcome=outcome: outcome)
@@ -570,6 +579,51 @@ def timeline(name, args, results):
         "marks_us": marks.tolist(), "layer_us": layer_us, "with_head": with_head})
 
 
+def counted_run(name, context):
+    """What ncu counts: one launch of COUNTED tokens, the second of its kind."""
+    model = Pythia.random(name, dtype=torch.float16, device="cuda")
+    fused, cudart = model.fuse(), torch.cuda.cudart()
+    for count in (False, True):
+        fused.start(0, context - COUNTED // 2)
+        torch.cuda.synchronize()
+        if count:
+            cudart.cudaProfilerStart()
+        fused.launch(0, model.config.n_layer, COUNTED)
+        torch.cuda.synchronize()
+    cudart.cudaProfilerStop()
+
+
+def counters(name, args, results):
+    """What the GPU's own counters say of a token, as ncu reads them, in a process of its own.
+
+    They are read before and after the launch (app-range): by kernel, as ncu reads them unasked, all that it
+    reports of this cooperative launch is LaunchFailed.
+    """
+    context = args.contexts[0]
+    child = f"import torch, bench; torch.set_grad_enabled(False); bench.counted_run({name!r}, {context})"
+    command = ["ncu", "--replay-mode", "app-range", "--clock-control", "none", "--csv", "--page", "raw",
+               "--print-units", "base", "--metrics", ",".join(COUNTERS.values()), sys.executable, "-c", child]
+
+    def count():
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE)
+        except FileNotFoundError as error:
+            raise Refused("ncu is not found: install Nsight Compute, which the CUDA toolkit has") from error
+        return read_counters(result.stdout) | {"needed": token_bytes(Config.from_name(name), context)}
+    results.add("counters", name, context, "ncu", count)
+
+
+def read_counters(text):
+    """{name in COUNTERS: number a token, or share} from ncu's CSV: a header, units, values."""
+    lines = list(csv.reader(line for line in text.splitlines() if line.startswith('"')))
+    if len(lines) != 3 or not set(COUNTERS.values()) <= set(lines[0]):
+        raise Refused(f"ncu counted nothing ({' '.join(text.split())[-150:]}): see its page on permissions")
+    values = {metric: float(value.replace(",", "")) for metric, value in zip(lines[0], lines[2])
+              if metric in COUNTERS.values()}
+    return {"token_us": values[COUNTERS["time"]] / 1e3 / COUNTED, "read": values[COUNTERS["read"]] / COUNTED,
+            "busy": values[COUNTERS["busy"]] / 100, "issued": values[COUNTERS["issued"]]}
+
+
 # ---- report --------------------------------------------------------------------------------------------
 
 def report():
@@ -601,6 +655,12 @@ def cell(row, spread=False, ratio=False, note=False):
     return number(p50) + (f" ({number(p10)} to {number(p90)})" if spread else "") + (
         f" ({p50 / row['fused_us']:.3g})" if ratio and row.get("fused_us") else "") + (
         f" ({row['note']})" if note and "note" in row else "")
+
+
+def counted_cells(row):
+    return [row["failed"]] + 4 * [""] if "failed" in row else [
+        number(row["token_us"]), f"{row['needed'] / 1e6:.1f} MB", f"{row['read'] / 1e6:.1f} MB",
+        f"{row['busy']:.1%}", f"{row['issued']:.2f}"]
 
 
 def tables(data, images=()):
@@ -643,6 +703,10 @@ def tables(data, images=()):
         [what, *(cell(get("ablation", *place, what), spread=True, note=what == "as shipped")
                  for place in ablated)]
         for what in (*ABLATIONS, "no graph", "one launch a token", "one launch a block")])
+    table(["counted by ncu, a token", "us", "bytes that it must read", "bytes read from memory",
+           "memory busy", "instructions a cycle and multiprocessor, of 4"], [
+        [f"{model}, {context} cached", *cells] for model, context in places("counters")
+        if (cells := counted_cells(get("counters", model, context, "ncu")))])
     for date, run in sorted(data["runs"].items()):
         changed = "" if run["kernel"] == kernel_hash() else " (fused_block.cu has changed since)"
         facts = (f"{key} {run[key]}" for key in ("clocks.sm", "driver_version", "torch", "transformers")
@@ -740,20 +804,23 @@ def main(argv=None):
     add("--models", nargs="+", default=["160m", "2.8b"], metavar="SIZE",
         help="14m to 12b (default: 160m 2.8b)")
     add("--contexts", nargs="+", type=int, metavar="T",
-        help="tokens cached (default: 128 2000); --ablate and --timeline take the first alone (default: 128)")
+        help="tokens cached (default: 128 2000); --ablate, --timeline and --counters take one (default: 128)")
     add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES), metavar="NAME",
         help=f"of {', '.join(BASELINES)}, or none after the flag (default: all)")
     mode = parser.add_mutually_exclusive_group().add_argument
     mode("--ablate", action="store_true", help="variants of the kernel instead of baselines")
     mode("--timeline", action="store_true", help="what each thread block does when in a layer, nothing else")
+    mode("--counters", action="store_true", help="bytes and instructions as ncu counts them, nothing else")
     add("--report", action="store_true", help="README tables and plots from results/, no measuring")
     args = parser.parse_args(argv)
-    args.contexts = args.contexts or ([128] if args.ablate or args.timeline else [128, 2000])
+    one = args.ablate or args.timeline or args.counters
+    args.contexts = args.contexts or ([128] if one else [128, 2000])
     args.models = ["pythia-" + size.removeprefix("pythia-") for size in args.models]
     try:
-        most = min(Config.from_name(name).context for name in args.models) - STEPS
-        if not all(STEPS <= context <= most for context in args.contexts):
-            raise Refused(f"--contexts must be from {STEPS} to {most}")
+        least = COUNTED // 2 if args.counters else STEPS
+        most = min(Config.from_name(name).context for name in args.models) - least
+        if not all(least <= context <= most for context in args.contexts):
+            raise Refused(f"--contexts must be from {least} to {most}")
         return report() if args.report else measure(args)
     except Refused as refusal:
         print(f"bench.py: {refusal}", file=sys.stderr)

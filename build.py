@@ -31,6 +31,8 @@ from model import SIZES, Config, Refused
 SOURCE = Path(__file__).with_name("fused_block.cu")
 # the most that one thread block may have, by the CUDA programming guide
 SHARED_BYTES = {"sm_90a": 227 * 1024, "sm_100a": 227 * 1024, "sm_120a": 99 * 1024}
+# bytes a ns that memory delivers, by the datasheets of H200, B200 and RTX 5090: the fastest of each kind
+MEMORY_RATE = {"sm_90a": 4800, "sm_100a": 8000, "sm_120a": 1792}
 COMPILE_SECONDS = 4  # about, said before it starts; bench.py measures it
 
 
@@ -49,13 +51,13 @@ def default_cluster(config, sms=132):
     return 8
 
 
-def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, attention_kib=None, sms=132,
-              extra=None):
+def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, attention_kib=None, pace=None,
+              sms=132, extra=None):
     """The kernel's -D constants {name: int} for a Config, on a GPU of `sms` multiprocessors.
 
-    `threads`, `rows` and `attention_kib` are tuning, see THREADS, ROWS and ATTENTION_BYTES in fused_block.cu;
-    `extra` adds constants of test builds: {"TAPS": 1}, {"TIMELINE": 1} or {"MUTANT": k}. Raises Refused for a
-    shape that the kernel has no code for.
+    `threads`, `rows`, `attention_kib` and `pace` are tuning, see THREADS, ROWS, ATTENTION_BYTES and PACE in
+    fused_block.cu; `extra` adds constants of test builds: {"TAPS": 1}, {"TIMELINE": 1} or {"MUTANT": k}.
+    Raises Refused for a shape that the kernel has no code for.
     """
     c = config
     cluster = default_cluster(c, sms) if cluster is None else cluster
@@ -78,11 +80,14 @@ def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, atte
     if threads is None:  # README.md has the measurements of this and the next
         threads = 384 if 512 < c.hidden < 1024 else 256
     if attention_kib is None:
-        attention_kib = 6 * cluster if c.hidden <= 1024 else 128 if 2048 < c.hidden < 4096 else 48
+        attention_kib = (6 * cluster if c.hidden <= 1024 else 0 if c.hidden <= 2048 else
+                         96 if c.hidden < 4096 else 48)
+    if pace is None:
+        pace = MEMORY_RATE[arch] * (32 if c.hidden < 1024 else 16 if c.hidden < 4096 else 17) // 16
     return {"HIDDEN": c.hidden, "HEADS": c.n_head, "HEAD_SIZE": c.head_size, "ROTARY": c.rotary_dims,
             "MLP": c.mlp, "VOCAB": c.vocab, "LAYERS": c.n_layer, "CONTEXT": c.context, "CLUSTER": cluster,
             "THREADS": threads, "ROWS": rows, "ATTENTION_BYTES": attention_kib * 1024,
-            "SHARED_BYTES": SHARED_BYTES[arch], **(extra or {})}
+            "PACE": pace, "SHARED_BYTES": SHARED_BYTES[arch], **(extra or {})}
 
 
 def flags(defines, arch):

@@ -167,8 +167,8 @@
 // ----------------------------------------------------------------------------------------------------------
 // 3. Configuration
 //
-// build.py gives -D constants: the shape, and CLUSTER, THREADS, ROWS, SHARED_BYTES and ATTENTION_BYTES (of
-// make_plan, chapter 7). The rest follows. Values for 2.8b are in brackets.
+// build.py gives -D constants: the shape, and CLUSTER, THREADS, ROWS, SHARED_BYTES, and of chapter 7 PACE
+// (claim) and ATTENTION_BYTES (make_plan). The rest follows. Values for 2.8b are in brackets.
 
 constexpr int C = HIDDEN, NH = HEADS, HS = HEAD_SIZE, ROT = ROTARY;
 constexpr int F = MLP, V = VOCAB, L = LAYERS, CTX = CONTEXT;
@@ -469,7 +469,10 @@ __device__ void named_barrier(int id, int threads) {
 __device__ void workers_sync() { named_barrier(1, WORKERS); }
 __device__ void team_sync(int team) { named_barrier(TEAMS == 1 ? 1 : 2 + team, TEAM); }
 
-__device__ unsigned long long global_ns() {  // one clock for all blocks; clock64 is each multiprocessor's own
+// One clock for all blocks, in ns, that advances by CLOCK_NS at a time; clock64 counts the cycles of one
+// multiprocessor, which are longer when the GPU runs short of power.
+constexpr int CLOCK_NS = 32;
+__device__ unsigned long long global_ns() {
   unsigned long long t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t;
 }
 
@@ -626,10 +629,16 @@ struct Producer {
   const uint64_t policy = read_once_policy();
   Ring ring;
   uint32_t token_parity = 0;
+  unsigned long long next = 0;  // ns; no copy starts before
 
+  // Claims a stage: waits for (E), and for the pace. Memory would serve some blocks a third faster than
+  // others, for whom they wait at (4); so none asks for more than its share of what memory has on paper.
   __device__ void claim(uint32_t bytes) {
     // (E) A new barrier answers as if a phase of parity 1 were complete, so the first lap does not wait.
     wait(m, s, &s.empty[ring.stage], ring.parity ^ 1, SYNC_EMPTY);
+    unsigned long long now;
+    while ((now = global_ns()) < next) {}
+    next = max(next, now - CLOCK_NS) + bytes * gridDim.x / PACE;  // time that was lost is not made up for
     barrier_expect(&s.full[ring.stage], bytes);  // (F)
   }
   __device__ void copy(void* to, const void* from, uint32_t bytes) {
@@ -729,7 +738,9 @@ struct Worker {  // one thread's view
   }
 
   // DOT TILE. The next tile's n rows times x, plus bias; the biases start `skip` places into what was copied.
-  // Team t has rows t, t + TEAMS, ...; every lane of it returns the finished row `row`.
+  // Team t has rows t, t + TEAMS, ...; every lane of it returns the finished row `row`. From n on that is a
+  // sum of a stage's old bytes, NaN perhaps, for nobody to use: a branch a row would cost more than the row,
+  // as without one the loads of a stage's rows start together.
   // One sync (c) a tile is enough, with two buffers in turn: a warp that writes a buffer for tile i + 2 has
   // passed (c) of tile i + 1, at which every warp arrived after it had read tile i.
   __device__ float dot_tile(const Columns& x, int n, int skip, bool has_bias) {
@@ -738,9 +749,8 @@ struct Worker {  // one thread's view
       if (part * STAGE_ROWS >= n) break;
       wait_full();  // (F)
       for (int i = 0; i < R / PARTS; i++) {
-        const int r = part * R / PARTS + i, stage_row = i * TEAMS + team;
-        if (part * STAGE_ROWS + stage_row < n)
-          for (int p = 0; p < PIECES; p++) sums[r] = dot8(weights(stage_row, p), x + 8 * p, sums[r]);
+        const int r = part * R / PARTS + i;
+        for (int p = 0; p < PIECES; p++) sums[r] = dot8(weights(i * TEAMS + team, p), x + 8 * p, sums[r]);
       }
       if (part == 0 && has_bias && row < n && MUTANT != 7)
         bias = __half2float(s.bias[ring.stage][skip + row]);
@@ -759,8 +769,10 @@ struct Worker {  // one thread's view
   }
 
   // AXPY TILE. y += a * row for the next tile's rows; lane l holds a of row `row`, as dot_tile leaves it. A
-  // warp needs nobody else: every thread gets the a of each row of its team, and has columns of its own.
+  // warp needs nobody else: every thread gets the a of each row of its team, and has columns of its own. In
+  // place of rows from n on it adds 0 times one that exists, as 0 times old bytes may be NaN.
   __device__ void axpy_tile(float a, int n) {
+    if (row >= n) a = 0;
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
       if (part * STAGE_ROWS >= n) break;
@@ -768,8 +780,8 @@ struct Worker {  // one thread's view
       for (int i = 0; i < R / PARTS; i++) {
         const int r = part * R / PARTS + i, stage_row = i * TEAMS + team;
         const float of_row = __shfl_sync(~0u, a, r, LANES);
-        if (part * STAGE_ROWS + stage_row < n)
-          for (int p = 0; p < PIECES; p++) axpy8(of_row, weights(stage_row, p), y + 8 * p);
+        const int exists = part * STAGE_ROWS + stage_row < n ? stage_row : 0;
+        for (int p = 0; p < PIECES; p++) axpy8(of_row, weights(exists, p), y + 8 * p);
       }
       release();  // (E)
     }

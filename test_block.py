@@ -44,7 +44,7 @@ from transformers.utils import logging
 
 import build
 import generate
-from bench import exact_logits, greedy
+from bench import COUNTERS, exact_logits, greedy, read_counters
 from emulator import (
     SOURCE,
     Emulator,
@@ -984,6 +984,19 @@ def test_expected_time():
             off[name] = abs(expected_us(Config.from_name(name), 128) / float(np.median(us)) - 1)
     worst = max(off, key=off.get)
     report("--explain", f"expected / measured - 1 of {len(off)} models, worst {worst}", off[worst], 0.02)
+
+
+def test_counters():
+    """bench.py takes its numbers out of what ncu prints, and refuses print without them."""
+    names, numbers = list(COUNTERS.values()), ["64000000.5", "128,000,000", "87.5", "1.25"]
+    rows = [["ID", *names], ["", "nsecond", "byte", "%", "inst/cycle"], ["0", *numbers]]
+    table = "\n".join(",".join(f'"{cell}"' for cell in row) for row in rows)
+    found = read_counters(f"==PROF== Connected to process 1 (python)\n{table}\n==PROF== Disconnected\n")
+    expected = {"token_us": 1000.0000078125, "read": 2e6, "busy": 0.875, "issued": 1.25}
+    report("bench.py", "counters read from ncu's table, largest difference",
+           max(abs(found[key] - expected[key]) for key in expected), 1e-9)
+    with pytest.raises(Refused, match="LaunchFailed"):
+        read_counters("==ERROR== LaunchFailed\n")
 
 
 def test_record_is_current():
