@@ -29,7 +29,7 @@
 //     L layers, and V*C*2 bytes of the LM head    5.291 GB / 4.58 TB/s = 1155   us a token
 //     keys and values of T tokens: 4*C*T bytes     1.31 MB / 4.58 TB/s =    0.3 us a layer at T = 128
 //
-// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (the one in results/: 4.65): 34.7 KB a
+// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (the one in results/: 4.54): 34.7 KB a
 // us for one of its 132 multiprocessors. README.md has what a token takes. The aim of all that follows:
 // memory does not wait for arithmetic.
 //
@@ -66,7 +66,7 @@
 //                |  0   |  1   |   |  0   |  1   |           |  0   |  1   |   |  0   |  1   |
 //                +------+------+   +------+------+           +------+------+   +------+------+
 //   heads             0                 1                         31               none
-//   hidden units   28     28         28     28                 29     28        124    124 (or 125)
+//   hidden units   29     30         30     30                 29     30        123    122 (or 123)
 //
 //   cluster      K blocks that can write into one another's memory. They share the work of a head; head h
 //                belongs to cluster h mod (number of clusters). K is the smallest of 1, 2, 4 with which a
@@ -90,7 +90,7 @@
 //   producer     one lane of one more warp; the threads of the others are workers. It does nothing but start
 //                copies of weights and cached tokens into the ring: STAGES slots of shared memory, filled and
 //                emptied in turn. Weights do not depend on activations, so it runs ahead, past syncs, layers
-//                and tokens, while a slot is empty
+//                and tokens, while a slot is empty, but at an even pace
 //
 // Registers are a thread's own, shared memory (227 KiB) a block's; global memory, behind the L2 cache, is
 // everybody's, and has the weights, x and the cache.
@@ -567,7 +567,7 @@ __device__ float from_fixed(long long q) {
 //
 // Balance by bytes: a head costs each block of its cluster 1/K of its rows and cached tokens, and hidden
 // units fill up what the heads leave. Two costs are more than bytes. ATTENTION_BYTES charges a head for its
-// chain of small steps, which move few: 128 KiB in 2.8b, 3.8 us of an even share (tuned; build.py sets it).
+// chain of small steps, which move few: 96 KiB in 2.8b, 2.8 us of an even share (tuned; build.py sets it).
 // A cached token counts KV_WEIGHT / 2 times, because softmax makes it slower to use than to read.
 constexpr int KV_WEIGHT = 3;
 static_assert(64ll * (8ll * HS * C + 2ll * KV_WEIGHT * HS * CTX + ATTENTION_BYTES) < 1ll << 31,
@@ -631,8 +631,8 @@ struct Producer {
   uint32_t token_parity = 0;
   unsigned long long next = 0;  // ns; no copy starts before
 
-  // Claims a stage: waits for (E), and for the pace. Memory would serve some blocks a third faster than
-  // others, for whom they wait at (4); so none asks for more than its share of what memory has on paper.
+  // Waits for (E), and for the pace. Memory serves some blocks faster than others, and all wait for the last
+  // one at (4); so none asks for more than its share of what memory delivers on paper.
   __device__ void claim(uint32_t bytes) {
     // (E) A new barrier answers as if a phase of parity 1 were complete, so the first lap does not wait.
     wait(m, s, &s.empty[ring.stage], ring.parity ^ 1, SYNC_EMPTY);
@@ -1131,20 +1131,20 @@ struct Worker {  // one thread's view
 //  mark        thread 0 of block 11                                           KB  share  took  waits for
 //  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                 1.1  L2, (a)
 //              S1: has columns 0..7 from here on                                               (b)
-//  QKV         S2: rows 1320..1439: head 5, k from dimension 40 on, and v    615   17.7  15.3  memory
-//  1           S8: units 310..325; (1)                                       164    4.7   5.2  memory
+//  QKV         S2: rows 1320..1439: head 5, k from dimension 40 on, and v    615   17.7  13.7  memory
+//  1           S8: units 328..343; (1)                                       164    4.7   4.5  memory
 //  ATTEND      S3: rotates q[0] with q[10]                                                1.6  (d)
 //              S5: dimensions 0..7 of tokens 64, 84, 104, 124; after (e)      20    0.6        (e)
 //              merges dimension 0 of 10 warps, pushes o, m, l to rank 0
-//  2           S8: units 326..337; (2)                                       123    3.5   2.9  memory
-//  OUT, UNITS  S6, S7: output rows 440..479; S8: no unit is left             205    5.9   5.4  memory
-//  3           S9: pushes y[0..7] to rank 0; (3)                                          0.8  peer's sums
+//  2           S8: units 344..357; (2)                                       143    4.1   3.2  memory
+//  OUT, UNITS  S6, S7: output rows 440..479; S8: no unit is left             205    5.9   5.9  memory
+//  3           S9: pushes y[0..7] to rank 0; (3)                                          0.7  peer's sums
 //  ADDED       S9: adds columns 1280, 1600, 1920, 2240 of the sum to x                    0.4  L2
-//  START       (4): being thread 0, arrives and polls                                     4.7  other blocks
-//  a layer                                                                  1127   32.5  37.3
+//  START       (4): being thread 0, arrives and polls                                     6.6  other blocks
+//  a layer                                                                  1147   33.1  37.7
 //
-// All blocks together need 34.1 us for their bytes, at the 4.65 TB/s of that GPU. Of the wait at (4), 3.4 us
-// pass until the last block has added, and 1.3 until all know. The producer goes on meanwhile, which is why
+// All blocks together need 34.9 us for their bytes, at the 4.54 TB/s of that GPU. Of the wait at (4), 3.7 us
+// pass until the last block has added, and 2.7 until all know. The producer goes on meanwhile, which is why
 // S2 takes less than its share.
 
 // tokens: how many to make, fewer where the cache ends; 0: first_layer..last_layer - 1 alone, no LM head.
@@ -1316,14 +1316,14 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
 // ----------------------------------------------------------------------------------------------------------
 // 11. Exercises: edits worth trying, with what to expect of a token of 2.8b at T = 128 on an H200
 //
-// 1. K: cluster=1 and cluster=4 (python bench.py --ablate). Expect both to be slower, 1 by far: a head's rows
-// all fall to one block; with 4, fewer blocks fit. Which of (1), (2), (3) gets longer?
+// 1. K: cluster=1 and cluster=4 (python bench.py --ablate). Expect 1 to take a fifth longer, as a head's rows
+// all fall to one block, and 4 less than 1 %, though fewer blocks fit. Which of (1), (2), (3) takes longer?
 // 2. build.py: ROWS 4 and 16 instead of 8. With 4, reductions come twice as often; with 16, the ring is two
 // tiles, 4 stages of 40 KB, and the producer one tile ahead at most. Expect 4 to cost 1 %, 16 far more.
 // 3. make_plan: filler = 0. The bits of y change, as every thread adds in another order. The block of a head
 // takes longer by what (1) and (2) take to travel; how much is that of a token?
-// 4. build.py: attention_kib = 0. Expect the blocks with a head to arrive last at (4). make_plan:
-// KV_WEIGHT = 2. Expect nothing at T = 128, and at T = 2000 that these blocks arrive last.
+// 4. build.py: attention_kib = 0. By the bytes that move, expect blocks with a head to arrive 1.5 us later
+// at (4), the others 1.5 us earlier. pace = 2**20, which is none: expect 1b to take 4 % longer, 2.8b hardly.
 // 5. to_fixed, add_relaxed: a float atomicAdd instead. In how many of 1000 launches do all bits agree?
 // 6. dot_tile: leave out `flip ^= 1`, so that all tiles share one half of `dots`. Find the interleaving of
 // two warps that goes wrong, then count how often it does: on a GPU, or in the orders of simulator.cpp (-k
