@@ -4,7 +4,7 @@
     python bench.py --models 160m --baselines graph compile   only these baselines; results are merged
     python bench.py --ablate                                  one thing about the kernel changed at a time
     python bench.py --timeline --models 2.8b                  where a layer's microseconds go, block by block
-    python bench.py --counters --models 2.8b                  what the GPU counts meanwhile; needs ncu
+    python bench.py --counters --models 2.8b                  what the GPU's counters say of it; needs ncu
     python bench.py --report                                  README and plots from results/; needs no GPU
 
 A step is the user's whole token: embedding, all blocks, final LayerNorm, LM head, greedy argmax; float16,
@@ -40,6 +40,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -412,7 +413,7 @@ ABLATIONS = {"as shipped": {}, **{f"clusters of {k}": {"cluster": k} for k in (1
              **{f"{n} rows a team and tile": {"rows": n} for n in (2, 4, 8)}, "no pace": {"pace": 2**20}}
 
 COUNTED = 64  # tokens, around the context that is asked for
-COUNTERS = {  # the names that Nsight Compute has for them, of Hopper
+COUNTERS = {  # Nsight Compute's names, on Hopper
     "time": "gpu__time_duration.sum", "read": "dram__bytes_read.sum",
     "busy": "dram__cycles_active.avg.pct_of_peak_sustained_elapsed",
     "issued": "sm__inst_executed.avg.per_cycle_elapsed"}
@@ -497,7 +498,7 @@ def build_all(args, results, arch):
         return {"seconds": time.perf_counter() - started, "at_once": len(jobs)}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for (name, tuning), row in zip(jobs, pool.map(build, jobs)):
-            if not tuning:
+            if not tuning and not args.counters:
                 results.add("build", name, 0, "build", lambda row=row: row)
 
 
@@ -596,8 +597,8 @@ def counted_run(name, context):
 def counters(name, args, results):
     """What the GPU's own counters say of a token, as ncu reads them, in a process of its own.
 
-    They are read before and after the launch (app-range): by kernel, as ncu reads them unasked, all that it
-    reports of this cooperative launch is LaunchFailed.
+    They are read before and after the launch (app-range): ncu's default, to replay a kernel, ends in
+    LaunchFailed for this cooperative one.
     """
     context = args.contexts[0]
     child = f"import torch, bench; torch.set_grad_enabled(False); bench.counted_run({name!r}, {context})"
@@ -605,21 +606,24 @@ def counters(name, args, results):
                "--print-units", "base", "--metrics", ",".join(COUNTERS.values()), sys.executable, "-c", child]
 
     def count():
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE)
-        except FileNotFoundError as error:
-            raise Refused("ncu is not found: install Nsight Compute, which the CUDA toolkit has") from error
-        return read_counters(result.stdout) | {"needed": token_bytes(Config.from_name(name), context)}
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE)
+        return read_counters(result.stdout, result.stderr) | {
+            "needed": token_bytes(Config.from_name(name), context)}
     results.add("counters", name, context, "ncu", count)
 
 
-def read_counters(text):
-    """{name in COUNTERS: number a token, or share} from ncu's CSV: a header, units, values."""
+def read_counters(text, errors=""):
+    """{name in COUNTERS: number a token, or share} from ncu's CSV (a header, units, values) in `text`.
+
+    Raises Refused where that is not there, with what `text` and `errors` say of an error.
+    """
     lines = list(csv.reader(line for line in text.splitlines() if line.startswith('"')))
-    if len(lines) != 3 or not set(COUNTERS.values()) <= set(lines[0]):
-        raise Refused(f"ncu counted nothing ({' '.join(text.split())[-150:]}): see its page on permissions")
-    values = {metric: float(value.replace(",", "")) for metric, value in zip(lines[0], lines[2])
-              if metric in COUNTERS.values()}
+    cells = dict(zip(lines[0], lines[2])) if len(lines) == 3 else {}
+    numbers = [cells.get(metric, "").replace(",", "") for metric in COUNTERS.values()]
+    if not all(re.fullmatch(r"[0-9.]+(e[+-]?[0-9]+)?", number) for number in numbers):
+        said = [line.strip() for line in (errors + text).splitlines() if "error" in line.lower()]
+        raise Refused(f"ncu counted nothing: {' '.join(said[:2]) or 'it printed no table of numbers'}")
+    values = dict(zip(COUNTERS.values(), map(float, numbers)))
     return {"token_us": values[COUNTERS["time"]] / 1e3 / COUNTED, "read": values[COUNTERS["read"]] / COUNTED,
             "busy": values[COUNTERS["busy"]] / 100, "issued": values[COUNTERS["issued"]]}
 
@@ -804,13 +808,14 @@ def main(argv=None):
     add("--models", nargs="+", default=["160m", "2.8b"], metavar="SIZE",
         help="14m to 12b (default: 160m 2.8b)")
     add("--contexts", nargs="+", type=int, metavar="T",
-        help="tokens cached (default: 128 2000); --ablate, --timeline and --counters take one (default: 128)")
+        help="tokens cached (default: 128 2000); --ablate, --timeline and --counters take the first alone "
+             "(default: 128)")
     add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES), metavar="NAME",
         help=f"of {', '.join(BASELINES)}, or none after the flag (default: all)")
     mode = parser.add_mutually_exclusive_group().add_argument
     mode("--ablate", action="store_true", help="variants of the kernel instead of baselines")
     mode("--timeline", action="store_true", help="what each thread block does when in a layer, nothing else")
-    mode("--counters", action="store_true", help="bytes and instructions as ncu counts them, nothing else")
+    mode("--counters", action="store_true", help="bytes and instructions, as ncu counts them")
     add("--report", action="store_true", help="README tables and plots from results/, no measuring")
     args = parser.parse_args(argv)
     one = args.ablate or args.timeline or args.counters
@@ -821,7 +826,11 @@ def main(argv=None):
         most = min(Config.from_name(name).context for name in args.models) - least
         if not all(least <= context <= most for context in args.contexts):
             raise Refused(f"--contexts must be from {least} to {most}")
-        return report() if args.report else measure(args)
+        if args.report:
+            return report()
+        if args.counters and not shutil.which("ncu"):
+            raise Refused("ncu is not found: install Nsight Compute, which the CUDA toolkit has")
+        return measure(args)
     except Refused as refusal:
         print(f"bench.py: {refusal}", file=sys.stderr)
         return 2

@@ -31,7 +31,7 @@ from model import SIZES, Config, Refused
 SOURCE = Path(__file__).with_name("fused_block.cu")
 # the most that one thread block may have, by the CUDA programming guide
 SHARED_BYTES = {"sm_90a": 227 * 1024, "sm_100a": 227 * 1024, "sm_120a": 99 * 1024}
-# bytes a ns that memory delivers, by the datasheets of H200, B200 and RTX 5090: the fastest of each kind
+# bytes a ns that memory delivers, by the datasheets of H200, B200 and RTX 5090
 MEMORY_RATE = {"sm_90a": 4800, "sm_100a": 8000, "sm_120a": 1792}
 COMPILE_SECONDS = 4  # about, said before it starts; bench.py measures it
 
@@ -77,13 +77,15 @@ def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, atte
         raise Refused(f"the fused kernel has LayerNorm eps 1e-5, not {c.eps}: run without fused")
     if rows is None:  # two stages of 16 to 24 KB; less where the ring would not hold two tiles
         rows = 2 if SHARED_BYTES[arch] < 128 * 1024 else 8 if c.hidden < 4096 else 4
-    if threads is None:  # README.md has the measurements of this and the next
+    if threads is None:  # README.md has the measurements of these three
         threads = 384 if 512 < c.hidden < 1024 else 256
     if attention_kib is None:
         attention_kib = (6 * cluster if c.hidden <= 1024 else 0 if c.hidden <= 2048 else
                          96 if c.hidden < 4096 else 48)
-    if pace is None:
+    if pace is None:  # small models wait for latency, not memory; the largest are a little faster this way
         pace = MEMORY_RATE[arch] * (32 if c.hidden < 1024 else 16 if c.hidden < 4096 else 17) // 16
+    if pace < 1:
+        raise Refused(f"pace {pace} would let no copy start: take 1 byte a ns or more")
     return {"HIDDEN": c.hidden, "HEADS": c.n_head, "HEAD_SIZE": c.head_size, "ROTARY": c.rotary_dims,
             "MLP": c.mlp, "VOCAB": c.vocab, "LAYERS": c.n_layer, "CONTEXT": c.context, "CLUSTER": cluster,
             "THREADS": threads, "ROWS": rows, "ATTENTION_BYTES": attention_kib * 1024,

@@ -29,9 +29,9 @@
 //     L layers, and V*C*2 bytes of the LM head    5.291 GB / 4.58 TB/s = 1155   us a token
 //     keys and values of T tokens: 4*C*T bytes     1.31 MB / 4.58 TB/s =    0.3 us a layer at T = 128
 //
-// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (the one in results/: 4.54): 34.7 KB a
-// us for one of its 132 multiprocessors. README.md has what a token takes. The aim of all that follows:
-// memory does not wait for arithmetic.
+// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (those in results/: 4.54, 4.65):
+// 34.7 KB a us for one of its 132 multiprocessors. README.md has what a token takes. The aim of all that
+// follows: memory does not wait for arithmetic.
 //
 // How to read. Chapter 1 is the picture, 2 the syncs, 3 and 4 the sizes and places. Then chapter 8, the
 // kernel; read the stages in chapter 7 as you meet them, and their inner loops in 6. Chapter 5 can be taken
@@ -66,7 +66,7 @@
 //                |  0   |  1   |   |  0   |  1   |           |  0   |  1   |   |  0   |  1   |
 //                +------+------+   +------+------+           +------+------+   +------+------+
 //   heads             0                 1                         31               none
-//   hidden units   29     30         30     30                 29     30        123    122 (or 123)
+//   hidden units   29     30         30     30                 29     30          122 or 123 each
 //
 //   cluster      K blocks that can write into one another's memory. They share the work of a head; head h
 //                belongs to cluster h mod (number of clusters). K is the smallest of 1, 2, 4 with which a
@@ -632,13 +632,14 @@ struct Producer {
   unsigned long long next = 0;  // ns; no copy starts before
 
   // Waits for (E), and for the pace. Memory serves some blocks faster than others, and all wait for the last
-  // one at (4); so none asks for more than its share of what memory delivers on paper.
+  // one at (4); so all blocks together ask for PACE bytes a ns at most, an equal share each. In 2.8b that is
+  // what memory delivers on paper. Time that is lost, but for the clock's grain, is not made up for.
   __device__ void claim(uint32_t bytes) {
     // (E) A new barrier answers as if a phase of parity 1 were complete, so the first lap does not wait.
     wait(m, s, &s.empty[ring.stage], ring.parity ^ 1, SYNC_EMPTY);
     unsigned long long now;
     while ((now = global_ns()) < next) {}
-    next = max(next, now - CLOCK_NS) + bytes * gridDim.x / PACE;  // time that was lost is not made up for
+    next = max(next, now - CLOCK_NS) + bytes * gridDim.x / PACE;
     barrier_expect(&s.full[ring.stage], bytes);  // (F)
   }
   __device__ void copy(void* to, const void* from, uint32_t bytes) {
@@ -739,8 +740,8 @@ struct Worker {  // one thread's view
 
   // DOT TILE. The next tile's n rows times x, plus bias; the biases start `skip` places into what was copied.
   // Team t has rows t, t + TEAMS, ...; every lane of it returns the finished row `row`. From n on that is a
-  // sum of a stage's old bytes, NaN perhaps, for nobody to use: a branch a row would cost more than the row,
-  // as without one the loads of a stage's rows start together.
+  // sum of a stage's old bytes, NaN perhaps, or 0, for nobody to use: a branch a row would keep the loads of
+  // a stage's rows from starting together, and cost more than the row.
   // One sync (c) a tile is enough, with two buffers in turn: a warp that writes a buffer for tile i + 2 has
   // passed (c) of tile i + 1, at which every warp arrived after it had read tile i.
   __device__ float dot_tile(const Columns& x, int n, int skip, bool has_bias) {
@@ -1144,7 +1145,7 @@ struct Worker {  // one thread's view
 //  a layer                                                                  1147   33.1  37.7
 //
 // All blocks together need 34.9 us for their bytes, at the 4.54 TB/s of that GPU. Of the wait at (4), 3.7 us
-// pass until the last block has added, and 2.7 until all know. The producer goes on meanwhile, which is why
+// pass until the last block has added, and 2.9 until all know. The producer goes on meanwhile, which is why
 // S2 takes less than its share.
 
 // tokens: how many to make, fewer where the cache ends; 0: first_layer..last_layer - 1 alone, no LM head.
@@ -1316,14 +1317,14 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
 // ----------------------------------------------------------------------------------------------------------
 // 11. Exercises: edits worth trying, with what to expect of a token of 2.8b at T = 128 on an H200
 //
-// 1. K: cluster=1 and cluster=4 (python bench.py --ablate). Expect 1 to take a fifth longer, as a head's rows
+// 1. K: cluster=1 and cluster=4 (python bench.py --ablate). Expect 1 to take 23 % longer, as a head's rows
 // all fall to one block, and 4 less than 1 %, though fewer blocks fit. Which of (1), (2), (3) takes longer?
 // 2. build.py: ROWS 4 and 16 instead of 8. With 4, reductions come twice as often; with 16, the ring is two
 // tiles, 4 stages of 40 KB, and the producer one tile ahead at most. Expect 4 to cost 1 %, 16 far more.
 // 3. make_plan: filler = 0. The bits of y change, as every thread adds in another order. The block of a head
 // takes longer by what (1) and (2) take to travel; how much is that of a token?
 // 4. build.py: attention_kib = 0. By the bytes that move, expect blocks with a head to arrive 1.5 us later
-// at (4), the others 1.5 us earlier. pace = 2**20, which is none: expect 1b to take 4 % longer, 2.8b hardly.
+// at (4), the others 1.4 us earlier. pace = 2**20, which is none: expect 1b to take 4 % longer, 2.8b hardly.
 // 5. to_fixed, add_relaxed: a float atomicAdd instead. In how many of 1000 launches do all bits agree?
 // 6. dot_tile: leave out `flip ^= 1`, so that all tiles share one half of `dots`. Find the interleaving of
 // two warps that goes wrong, then count how often it does: on a GPU, or in the orders of simulator.cpp (-k

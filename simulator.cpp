@@ -204,7 +204,10 @@ void arrive_release(unsigned* counter) {  // after all additions that its block 
 unsigned load_acquire(const unsigned* counter) { yield(); return *counter; }
 uint4 load16(const half* p) { check_read(p, 16); return *(const uint4*)p; }
 void named_barrier(int id, int threads) { meet(block().named[id], threads); }
-unsigned long long global_ns() { static unsigned long long ns = 0; return ns += 100; }
+unsigned long long global_ns() {  // advances, as the producer waits for it
+  static unsigned long long ns = 0;
+  return ns += 100;
+}
 
 // ---- The kernel, and its launch --------------------------------------------------------------------------
 

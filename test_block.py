@@ -848,6 +848,7 @@ def test_build_refusals(tmp_path, monkeypatch, fake_nvcc):
     for cluster in (0, 3):
         report_refused(f"clusters of {cluster}", [f"{cluster}", "1, 2, 4 or 8"], build.constants, config,
                        cluster=cluster)
+    report_refused("a pace of 0", ["0", "1 byte a ns"], build.constants, config, pace=0)
     for dtype in (torch.float32, torch.float16):
         model = Pythia.random(replace(config, n_layer=1), dtype=dtype)
         words = [str(dtype), "cpu", "CUDA GPU", "leave fused out"]
@@ -993,8 +994,8 @@ def test_counters():
     expected = {"token_us": 1000.0000078125, "read": 2e6, "busy": 0.875, "issued": 1.25}
     report("bench.py", "counters read from ncu's table, largest difference",
            max(abs(found[key] - expected[key]) for key in expected), 1e-9)
-    with pytest.raises(Refused, match="LaunchFailed"):
-        read_counters("==ERROR== LaunchFailed\n")
+    report_refused("ncu that counts nothing", ["LaunchFailed"], read_counters, "==ERROR== LaunchFailed\n")
+    report_refused("ncu without a number", ["no table"], read_counters, table.replace("87.5", "n/a"))
 
 
 def test_record_is_current():

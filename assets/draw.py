@@ -239,7 +239,7 @@ def ring():
     path("M451 150 V284", "sync")
     text(451, 300, "(4)", "middle red")
     text(100, 300, "time → (not to scale)", "small soft")
-    text(490, 300, "copies wait for room alone, never for a barrier", "small soft")
+    text(490, 300, "copies wait for room and their pace, not for (4)", "small soft")
     save("ring", 850, 310, "Copies run ahead through a ring of stages, past barriers")
 
 
