@@ -19,12 +19,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from model import SIZES, Config, Refused
 
@@ -33,7 +31,6 @@ SOURCE = Path(__file__).with_name("fused_block.cu")
 SHARED_BYTES = {"sm_90a": 227 * 1024, "sm_100a": 227 * 1024, "sm_120a": 99 * 1024}
 # bytes a ns that memory delivers, by the datasheets of H200, B200 and RTX 5090
 MEMORY_RATE = {"sm_90a": 4800, "sm_100a": 8000, "sm_120a": 1792}
-COMPILE_SECONDS = 4  # about, said before it starts; bench.py measures it
 
 
 def default_cluster(config, sms=132):
@@ -70,11 +67,10 @@ def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, atte
                               ("MLP width", c.mlp, c.mlp % 8 == 0 and c.mlp <= 2**16),
                               ("vocabulary", c.vocab, c.vocab <= 2**23),
                               ("context", c.context, c.context <= 2**13),
-                              ("layers", c.n_layer, c.n_layer <= 40)):
+                              ("layers", c.n_layer, c.n_layer <= 40),
+                              ("LayerNorm eps", c.eps, c.eps == 1e-5)):
         if not fits:
             raise Refused(f"the fused kernel has no code for {what} {value}: run without fused")
-    if c.eps != 1e-5:
-        raise Refused(f"the fused kernel has LayerNorm eps 1e-5, not {c.eps}: run without fused")
     if rows is None:  # two stages of 16 to 24 KB; less where the ring would not hold two tiles
         rows = 2 if SHARED_BYTES[arch] < 128 * 1024 else 8 if c.hidden < 4096 else 4
     if threads is None:  # README.md has the measurements of these three
@@ -131,9 +127,9 @@ def load(defines, arch):
             (folder / "lock").unlink(missing_ok=True)
             if not library.exists():
                 cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(name, None)  # or a retry would not build
-                with Progress(f"Compiling the kernel for {arch} (once, about {COMPILE_SECONDS} s)"):
-                    cpp_extension.load(name, [str(SOURCE)], extra_cuda_cflags=arguments,
-                                       build_directory=str(folder), is_python_module=False, verbose=False)
+                print(f"Compiling the kernel for {arch} (once, about 4 s)", file=sys.stderr)
+                cpp_extension.load(name, [str(SOURCE)], extra_cuda_cflags=arguments,
+                                   build_directory=str(folder), is_python_module=False, verbose=False)
                 (folder / f"{name}.so").replace(library)
         return ctypes.CDLL(str(library))
     except (OSError, RuntimeError) as error:
@@ -176,28 +172,6 @@ def first_error(text):
     return (lines or text.strip().splitlines() or ["no message"])[0][:300]
 
 
-class Progress:
-    """A line with the seconds that have passed, while something runs that does not tell how far it is."""
-
-    def __init__(self, title):
-        self.bar = tqdm(desc=title, bar_format="{desc}: {elapsed}", leave=True)
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self.tick, daemon=True)
-
-    def tick(self):
-        while not self.done.wait(0.2):
-            self.bar.refresh()
-
-    def __enter__(self):
-        self.thread.start()
-
-    def __exit__(self, *_):
-        self.done.set()
-        self.thread.join()
-        self.bar.refresh()
-        self.bar.close()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -222,7 +196,7 @@ def main():
             seconds = time.time() - started
             print(f"{name}, {arch}, clusters of {defines['CLUSTER']}: {report} ({seconds:.1f} s)", flush=True)
     except Refused as refusal:
-        sys.exit(fail(refusal))
+        parser.exit(2, f"build.py: {refusal}\n")
 
 
 def device_arch(device):
@@ -235,11 +209,6 @@ def device_arch(device):
         raise Refused(f"this GPU has compute capability {major}.{minor}; the fused kernel needs clusters and "
                       f"bulk copies, and is written for {', '.join(SHARED_BYTES)}: run without fused")
     return arch
-
-
-def fail(refusal):
-    print(f"build.py: {refusal}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

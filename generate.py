@@ -1,16 +1,7 @@
-"""Text from a Pythia, on the command line: python generate.py --help"""
-import argparse
-import os
-import sys
-import time
+"""Continues a prompt with a Pythia; without arguments, with the small one beside this file.
 
-TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny-pythia")
-PROMPT = "When Elizabeth saw the sea for the first time, she"
-
-EPILOG = """\
 examples:
   python generate.py --prompt "Call me" --tokens 500 --seed 7
-  echo "The whale" | python generate.py --prompt - --temperature 0
   python generate.py --model EleutherAI/pythia-1b --revision step3000 --dtype bfloat16
   python generate.py --model EleutherAI/pythia-2.8b --fused --prompt "The meaning of life is"
   python generate.py --model pythia-2.8b --random --fused --temperature 0     (speed only, no download)
@@ -21,25 +12,29 @@ from the first to the last new token, divided by the tokens after the first: loa
 A text ends after --tokens, with the model's end-of-text token, or with the last position of its context; the
 line says so where it ends early. Exit code: 0; 2 and one sentence for what cannot be done; 130 after Ctrl-C.
 """
+import argparse
+import os
+import sys
+import time
+from types import SimpleNamespace
 
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"generate.py: {message}; see --help\n")
+TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny-pythia")
 
 
 def arguments(argv):
-    parser = Parser(formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG, description=(
-        "Continues a prompt with a Pythia; without arguments, with the small one beside this file."))
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"generate.py: {message}; see --help\n")
     add = parser.add_argument
     add("--model", default=TINY, metavar="NAME",
         help="Hub name such as EleutherAI/pythia-160m-deduped, or a folder (default: tiny-pythia)")
-    add("--revision", metavar="REV",
+    either = parser.add_mutually_exclusive_group().add_argument  # random weights have no revision
+    either("--revision", metavar="REV",
         help="training checkpoint of a Hub model, step0 to step143000 (default: the last)")
-    add("--random", action="store_true",
+    either("--random", action="store_true",
         help="random weights in the size --model, pythia-14m to pythia-12b: no download and no tokenizer, so "
              "the prompt's bytes are taken as token ids, and ids are printed")
-    add("--prompt", default=PROMPT, metavar="TEXT",
+    add("--prompt", default="When Elizabeth saw the sea for the first time, she", metavar="TEXT",
         help="text to continue, or - to read it from standard input (default: %(default)r)")
     add("--tokens", type=int, default=200, metavar="N", help="new tokens, at most (default: %(default)s)")
     add("--temperature", type=float, default=0.7, metavar="T",
@@ -84,10 +79,10 @@ def main(argv=None):
         prompt = args.prompt
         if prompt == "-":
             prompt = sys.stdin.buffer.read().decode(errors="replace").rstrip("\n")
-        if args.random and args.revision:
-            raise Refused("random weights have no revision: leave --revision out")
         if args.random:
-            model, text = Pythia.random(args.model, args.seed, DTYPES[dtype], device), TokenIds()
+            model = Pythia.random(args.model, args.seed, DTYPES[dtype], device)
+            text = SimpleNamespace(encode=lambda prompt: list(prompt.encode()),   # instead of a tokenizer
+                                   decode=lambda token: f" {token}", rest=lambda: "")
         else:
             quiet(args.model)
             model = Pythia.from_pretrained(args.model, args.revision, DTYPES[dtype], device)
@@ -159,19 +154,6 @@ class Text:
     def rest(self):
         """What `decode` still holds back: the text may end within a character."""
         return self.tokenizer.decode(self.ids, skip_special_tokens=True)[self.printed:]
-
-
-class TokenIds:
-    """Stands for the tokenizer where weights are random."""
-
-    def encode(self, prompt):
-        return list(prompt.encode())
-
-    def decode(self, token):
-        return f" {token}"
-
-    def rest(self):
-        return ""
 
 
 def quiet(model):

@@ -87,12 +87,7 @@ class Config:
             raise Refused(f"{name_or_folder} is a folder and has no revision {revision!r}: leave it out")
         with loading(name_or_folder, revision):
             # a dict, so that nothing else in the file, such as the length of a table, is acted on
-            return cls.from_transformers(GPTNeoXConfig.get_config_dict(name_or_folder, revision=revision)[0])
-
-    @classmethod
-    def from_transformers(cls, hf):
-        """The Config of a transformers config, or of the dict in config.json; Refused as by read_config."""
-        return read_config(hf if isinstance(hf, dict) else hf.to_dict())
+            return read_config(GPTNeoXConfig.get_config_dict(name_or_folder, revision=revision)[0])
 
     def to_transformers(self):
         """The GPTNeoXConfig of the same model."""
@@ -539,7 +534,6 @@ class Fused:
     Token and position live on the device (`state`), so a step needs nothing from the host.
     """
     TOKENS = 8                                                                    # greedy ones in a launch
-    FIXED_ONE = 2.0**24                                                           # 1 in fixed point
 
     def __init__(self, model, cache, graph, cluster, **tuning):
         from build import constants, device_arch, load
@@ -688,15 +682,6 @@ class Fused:
             lacking = f", where {seen} blocks had not arrived," if sync == 4 else ""
             raise RuntimeError(f"the fused kernel waited too long at sync {name}{lacking} in block {block}, "
                                f"layer {layer}, and gave up: start a new process") from error
-
-    def get_residual(self):
-        """x [C] float64, as the last launch left it."""
-        x = self.residual[int(self.state[2]) % 3].double() / self.FIXED_ONE
-        return x.where(x.abs() < 2.0**29, math.nan)                               # the kernel's FIXED_EDGE
-
-    def set_residual(self, x):
-        """Makes x [C] the input of the next launch that starts after layer 0."""
-        self.residual[int(self.state[2]) % 3] = (x.double() * self.FIXED_ONE).round().long()
 
 
 def check(error):
