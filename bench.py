@@ -797,13 +797,10 @@ def draw_timeline(plt, name, gpu, row):
     return f"One layer of {row['model']}, thread block by thread block", path
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"bench.py: {message}; see --help\n")
-
-
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"bench.py: {message}; see --help\n")
     add = parser.add_argument
     add("--models", nargs="+", default=["160m", "2.8b"], metavar="SIZE",
         help="14m to 12b (default: 160m 2.8b)")

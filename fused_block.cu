@@ -29,7 +29,7 @@
 //     L layers, and V*C*2 bytes of the LM head    5.291 GB / 4.58 TB/s = 1155   us a token
 //     keys and values of T tokens: 4*C*T bytes     1.31 MB / 4.58 TB/s =    0.3 us a layer at T = 128
 //
-// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (those in results/: 4.54, 4.65):
+// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (the one in results/: 4.54):
 // 34.7 KB a us for one of its 132 multiprocessors. README.md has what a token takes. The aim of all that
 // follows: memory does not wait for arithmetic.
 //
