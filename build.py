@@ -76,8 +76,7 @@ def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, atte
     if threads is None:  # README.md has the measurements of these three
         threads = 384 if 512 < c.hidden < 1024 else 256
     if attention_kib is None:
-        attention_kib = (6 * cluster if c.hidden <= 1024 else 0 if c.hidden <= 2048 else
-                         96 if c.hidden < 4096 else 48)
+        attention_kib = 6 * cluster if c.hidden <= 1024 else 0 if c.hidden < 4096 else 48
     if pace is None:  # small models wait for latency, not memory; the largest are a little faster this way
         pace = MEMORY_RATE[arch] * (32 if c.hidden < 1024 else 16 if c.hidden < 4096 else 17) // 16
     if pace < 1:

@@ -26,7 +26,8 @@ from model import Config, Pythia, Refused
 
 SOURCE = Path(__file__).with_name("fused_block.cu").read_text()
 READ_CEILING = 4.58e12  # bytes a second that an H200 reads, about; bench.py measures it
-LAYER_US, TOKEN_US = 2.15, 10.0  # above the floor, a layer and a token: fits bench.py's record at 128 tokens
+# fits bench.py's record at 128 tokens: bytes a second of a step, us of a layer without bytes, us once a token
+STEP_RATE, LAYER_US, TOKEN_US = 4.56e12, 4.3, 0.6
 
 # ---- constants ---------------------------------------------------------------------------------------------
 
@@ -150,7 +151,6 @@ class Worker:
     def __init__(self, grid, block):
         k = self.k = grid.k
         self.grid, self.block, self.plan = grid, block, make_plan(k, block, grid.blocks, grid.position)
-        self.carries_x = block == grid.blocks - 1
         self.ring = producer(k, block, grid.blocks, grid.position, *grid.range)
         self.qkv = np.full(3 * k.HS, np.nan)                                # (1) inbox
         self.slice_o = np.full((k.K, k.OUT_ROWS), np.nan)                   # (2) inbox
@@ -207,7 +207,8 @@ class Worker:
 
     def read_residual(self, x_now):
         """S0"""
-        self.x = self.grid.from_fixed(x_now)[self.k.column]                 # (a)
+        assert not self.grid.lacking(x_now).any(), "words of x are not whole"  # (4)
+        self.x = self.grid.from_word(x_now)[self.k.column]                  # (a)
 
     def normalize(self):
         """S1: two passes within a thread, then groups of n values merge: lanes in pairs, then warps."""
@@ -308,7 +309,7 @@ class Worker:
     def add_to_residual(self, x_next):
         """S9: the sum of this rank's columns over the cluster, as integers."""
         own = slice(self.plan.rank * self.k.OWN, (self.plan.rank + 1) * self.k.OWN)
-        x_next[own] += self.grid.to_fixed(self.sums.sum(0))
+        x_next[own] += self.grid.to_word(self.sums.sum(0))
         self.sums[:] = np.nan
 
     def lm_head(self, x):
@@ -347,21 +348,37 @@ class Emulator:
         self.model, self.k = model, kernel_constants(constants(model.config, **tuning))
         self.blocks, self.fixed_one = clusters * self.k.K, fixed_one or self.k.FIXED_ONE
         self.cache = model.new_cache() if cache is None else cache.clone()
-        self.residual, self.rotation = np.zeros((3, self.k.C), np.int64), 0
+        self.residual, self.steps = np.zeros((2, self.k.C), np.int64), 0
 
     def weight(self, layer, name, rows=slice(None)):
         owner = self.model if layer < 0 else self.model.blocks[layer]
         return getattr(owner, name).detach()[rows].double().numpy()
 
-    def to_fixed(self, v):
+    def to_word(self, v):
+        """One addition of v to a word of x: fixed point, and a count in the lowest COUNT_BITS."""
         fits = np.abs(v) < self.k.FIXED_LIMIT
-        return np.where(fits, np.rint(v * self.fixed_one), self.k.FIXED_NAN).astype(np.int64)
+        fixed = np.where(fits, np.rint(v * self.fixed_one), self.k.FIXED_NAN).astype(np.int64)
+        return (fixed << self.k.COUNT_BITS) + 1
 
-    def from_fixed(self, q):
+    def from_word(self, word):
+        q = word >> self.k.COUNT_BITS
         return np.where(np.abs(q) < self.k.FIXED_EDGE, q / self.fixed_one, np.nan)
 
+    def lap(self, steps):
+        """What the counts of x after `steps` layers start from."""
+        return steps // 2 % 2 * self.k.LAP
+
+    def lacking(self, x_now):
+        """0 for a word of x that is whole; else how many additions have not come yet."""
+        return (self.blocks // self.k.K + 1 + self.lap(self.steps) - x_now) % (1 << self.k.COUNT_BITS)
+
+    def carry(self, x, layer, x_next):
+        """S9: what x_next needs beside the clusters' sums, for all C columns at once."""
+        sums = x + self.weight(layer, "b_out") + self.weight(layer, "b_down")
+        x_next += self.to_word(sums) + self.lap(self.steps + 1) - x_next
+
     def x(self):
-        return self.from_fixed(self.residual[self.rotation])
+        return self.from_word(self.residual[self.steps % 2])
 
     def launch(self, token, position, first_layer=0, last_layer=None, lm_head=True):
         """Layers first_layer..last_layer - 1 for `token` at `position`; from a layer other than 0 on, for the
@@ -374,20 +391,22 @@ class Emulator:
         for name in ("w_qkv", "w_out", "w_up", "w_down"):
             self.touched[name] = [np.zeros(getattr(block, name).shape, np.uint8) for block in model.blocks]
 
+        embedding = self.weight(-1, "embed_in", min(max(token, 0), k.V - 1))
         self.workers = [Worker(self, block) for block in range(self.blocks)]  # (0)
         for w in self.workers:
             if first_layer == 0:
-                w.x = self.weight(-1, "embed_in", min(max(token, 0), k.V - 1))[k.column]
+                w.x = embedding[k.column]
             else:
-                w.read_residual(self.residual[self.rotation])
+                w.read_residual(self.residual[self.steps % 2])
         for layer in range(first_layer, last_layer):
-            x_next, x_clear = (self.residual[(self.rotation + i) % 3] for i in (1, 2))
-            x_clear[:] = 0
+            x_next = self.residual[(self.steps + 1) % 2]
+            self.carry(self.x() if layer else embedding, layer, x_next)
             for first in range(0, self.blocks, k.K):
                 self.run_cluster(self.workers[first:first + k.K], layer, x_next)
-            for w in self.workers:                                          # (4)
+            self.steps += 1
+            for w in self.workers:
                 w.read_residual(x_next)
-            self.rotation = (self.rotation + 1) % 3
+        self.residual[(self.steps + 1) % 2] = 0                             # for the next launch
         if lm_head:
             best = 0
             for w in self.workers:
@@ -403,8 +422,6 @@ class Emulator:
         plan, k = ranks[0].plan, self.k
         for w in ranks:
             w.y, w.unit = np.zeros((k.TEAMS, k.TEAM, k.COLS)), w.plan.first_unit
-            if w.carries_x:                                                 # x and biases enter once
-                w.y[0] = w.x + (self.weight(layer, "b_out") + self.weight(layer, "b_down"))[k.column]
             w.normalize()                                                   # S1
             w.xn1, w.xn2 = w.affine(layer, "ln1_w", "ln1_b"), w.affine(layer, "ln2_w", "ln2_b")
         for h in range(plan.cluster, k.NH, plan.clusters):
@@ -431,10 +448,18 @@ def fitting_clusters(cluster, sms):
     return sms // cluster if cluster <= 2 else sms * 10 // 11 // cluster
 
 
-def expected_us(config, position):
-    """Microseconds a token on an H200: the floor, and what layers and the rest of a token add to it."""
+def layer_bytes(config, position):
+    """Bytes that a layer has to read, and those of a token without its layers."""
     from bench import token_bytes  # slow to import, and needed only here
-    return token_bytes(config, position) / READ_CEILING * 1e6 + LAYER_US * config.n_layer + TOKEN_US
+    token, ends = (token_bytes(c, position) for c in (config, replace(config, n_layer=0)))
+    return (token - ends) / config.n_layer, ends
+
+
+def expected_us(config, position):
+    """Microseconds a token on an H200. A layer's bytes and its chain of small steps overlap, so the longer
+    counts most: the root of the sum of their squares."""
+    layer, ends = (count / STEP_RATE * 1e6 for count in layer_bytes(config, position))
+    return config.n_layer * math.hypot(layer, LAYER_US) + ends + TOKEN_US
 
 
 def explain(name, cluster=None, arch="sm_90a", position=128, sms=132):
@@ -443,7 +468,6 @@ def explain(name, cluster=None, arch="sm_90a", position=128, sms=132):
     `cluster`: blocks in a cluster (default: by shape); `position`: tokens in the cache; `sms`:
     multiprocessors. Needs neither GPU nor compiler. Raises Refused for what the kernel has no code for.
     """
-    from bench import token_bytes  # slow to import, and needed only here
     config = name if isinstance(name, Config) else Config.from_name(name)
     k = kernel_constants(constants(config, arch, cluster, sms=sms))
     if not 0 <= position < k.CTX:
@@ -459,8 +483,8 @@ def explain(name, cluster=None, arch="sm_90a", position=128, sms=132):
         of_heads, of_units = kb["w_qkv"] + kb["w_out"], kb["w_up"] + kb["w_down"]
         work.append((len(heads), units, of_heads, kb["kv"], of_units, kb.total()))
     work = np.array(work)
-    token, ends = (token_bytes(c, position) for c in (config, replace(config, n_layer=0)))
-    layer, ring = (token - ends) / k.L, k.STAGES * k.STAGE_BYTES
+    (layer, ends), ring = layer_bytes(config, position), k.STAGES * k.STAGE_BYTES
+    token = layer * k.L + ends
     gather, slices = 4 * k.NH * k.K * 3 * k.HS, 4 * k.NH * k.K * (k.HS + 2 * k.K)
     print(f"""\
 model     C {k.C}, NH {k.NH}, HS {k.HS}, F {k.F}, V {k.V}, L {k.L}; {position} tokens in the cache
@@ -479,7 +503,7 @@ ring      {k.STAGES} stages, {ring / 1024:.0f} of {k.SHARED_BYTES / 1024:.0f} Ki
 floor     a layer {layer / 1e6:.2f} MB, {layer * us:.2f} us; K/V {4 * k.C * position / 1e6:.2f} MB of it
           a token {token / 1e6:.1f} MB, {token * us:.1f} us; LM head {2 * k.V * k.C / 1e6:.1f} MB of it
           at the {READ_CEILING / 1e12} TB/s that an H200 reads
-expected  {expected_us(config, position):.0f} us a token on an H200: floor + {LAYER_US} a layer + {TOKEN_US}
+expected  {expected_us(config, position):.0f} us a token on an H200, by a fit: see expected_us in emulator.py
 
 a layer:
 blocks  heads  hidden units   KB of heads   KB of K/V   KB of units   KB of all""")

@@ -29,7 +29,7 @@
 //     L layers, and V*C*2 bytes of the LM head    5.291 GB / 4.58 TB/s = 1155   us a token
 //     keys and values of T tokens: 4*C*T bytes     1.31 MB / 4.58 TB/s =    0.3 us a layer at T = 128
 //
-// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (the one in results/: 4.54):
+// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (the one in results/: 4.65):
 // 34.7 KB a us for one of its 132 multiprocessors. README.md has what a token takes. The aim of all that
 // follows: memory does not wait for arithmetic.
 //
@@ -66,7 +66,7 @@
 //                |  0   |  1   |   |  0   |  1   |           |  0   |  1   |   |  0   |  1   |
 //                +------+------+   +------+------+           +------+------+   +------+------+
 //   heads             0                 1                         31               none
-//   hidden units   29     30         30     30                 29     30          122 or 123 each
+//   hidden units   34     35         35     35                 35     35          117 to 119 each
 //
 //   cluster      K blocks that can write into one another's memory. They share the work of a head; head h
 //                belongs to cluster h mod (number of clusters). K is the smallest of 1, 2, 4 with which a
@@ -119,8 +119,9 @@
 //  (1)  cluster  q, k, v of a head                 every rank                 attention with stale q, k or v
 //  (2)  cluster  m, l, o of a rank's tokens        the owners of parts of o   a rank's tokens are forgotten
 //  (3)  cluster  partial sums of y                 the owners of columns      x lacks a peer's contribution
-//  (4)  grid     x of the next layer; zeros;       everybody                  LayerNorm of an unfinished x
-//                k, v; the best logit
+//  (4)  grid     x of the next layer               everybody                  LayerNorm of an unfinished x
+//  (5)  grid     the best logit; k, v; zero in     everybody                  a token from part of the logits
+//                the other `best`
 //  (F)  block    a stage of the ring is full       workers                    arithmetic on bytes not here
 //  (E)  block    a stage of the ring is empty      producer                   bytes overwritten while in use
 //  (a)  block    x, read once                      all teams                  columns of the layer before
@@ -129,40 +130,47 @@
 //  (d)  block    q, and k and v in fp16; that      all warps; pushes of the   attention with half-rotated q
 //                S3 has read (1)'s inbox           next head
 //  (e)  block    m, l, o of a warp's tokens        one thread a dimension     a merge with the head before
-//  (f)  block    that all it has to add or store   the thread that arrives    (4) counts a block not yet done
-//                is sent; next plan and angles
-//  (g)  block    that (4) has been passed          all threads                the others run ahead of (4)
-//  (h)  block    that (4) after the LM head is     producer                   copies of k, v not yet there
-//                passed
+//  (f)  block    all that is for (5); the next     the thread that arrives    (5) counts a block not yet done
+//                plan and angles
+//  (g)  block    that (4), or (5), is passed       all threads                (4): right, but slow: all poll;
+//                                                                             (5): they run ahead of it
+//  (h)  block    that (5) is passed                producer                   copies of k, v not yet there
 //
-// What they are made of: (0) is the cluster's barrier instruction, (4) a counter in global memory, (a) to (g)
-// barriers of a block's workers or of a team. (1) (2) (3) (F) (E) (h) are mbarriers: words in shared memory
-// that count arrivals and, but for (E) and (h), bytes, so that the data itself releases whoever waits. A
-// phase is a round of an mbarrier: it completes when all that it counts has come, and the next begins. One
-// more, workers_done, orders nothing: it keeps the producer until the workers need no patience (PATIENCE,
-// chapter 5). The end of a launch is a sync too: x, the cache's new rows and State reach the next launch
-// through it.
+// What they are made of: (0) is the cluster's barrier instruction, (4) x itself, (5) a counter in global
+// memory, (a) to (g) barriers of a block's workers or of a team. (1) (2) (3) (F) (E) (h) are mbarriers: words
+// in shared memory that count arrivals and, but for (E) and (h), bytes, so that the data itself releases
+// whoever waits. A phase is a round of an mbarrier: it completes when all that it counts has come, and the
+// next begins. One more, workers_done, orders nothing: it keeps the producer until the workers need no
+// patience (PATIENCE, chapter 5). The end of a launch is a sync too: x, the cache's new rows and State reach
+// the next launch through it.
+//
+// (4) is nothing that a block arrives at. A word of x counts, in its lowest bits, what has been added to it
+// (chapter 6), and is whole when every cluster has added, and its carrier (chapter 4); who finds one that is
+// not reads it again. A counter beside x, as at (5), would have to come after the sums, by a release, which
+// waits until they have arrived: about a microsecond while memory is busy, once a token at (5), but once a
+// layer here.
 //
 // Nobody says that an inbox of (1), (2) or (3) is free again, as (E) does for the ring: the later syncs imply
 // it. Before a peer pushes into an inbox again, it passes a sync at which it waits for the inbox's owner, who
-// sends there only after all of its threads have read. (At (1), (2) and (3) every rank waits for all.)
+// sends there only after reading. (At (1), (2) and (3) every rank waits for all.)
 //
-//     inbox of        read in   all have read at      the owner then sends       the peer waits for it at
-//     (1) q, k, v     S3        (d)                   m, l, o of this head       (2)
-//     (2) m, l, o     S6        S2's rows, or (f)     q, k, v of the next head   (1)
-//     (3) sums of y   S9        (f)                   its arrival                (4)
+//     inbox of       read in  the owner then sends                            the peer waits for it at
+//     (1) q, k, v    S3       m, l, o of this head, after (d)                 (2)
+//     (2) m, l, o    S6       each team rows of the next head's q, k, v, or y (1), or (3)
+//     (3) parts of y S9       each thread the sums of columns that it read    (4), where all are read
 //
-// (S2's rows: a team that uses (2)'s inbox, for its output rows, has rows of the next head's q, k, v too, and
-// sends them afterwards; the others use nothing of what they read. And the next phase of (2) waits for this
-// block's own m, l, o, which come after (d).) At (h) only the producer waits, and the workers cannot reach
-// the next (h) without the stages that it copies afterwards. So no phase of an mbarrier completes before all
-// who wait for the one before have seen it, and one bit, the parity, tells which phase it is in.
+// (A team that uses (2)'s inbox, for its output rows, has rows of q, k, v too; the others use nothing of what
+// they read. And the next phase of (2) waits for this block's own m, l, o, which come after (d).) Likewise
+// nobody adds to a buffer of x, or clears `best`, before all have read it: he has passed a (4), for which all
+// had to add what they made of it. At (h) only the producer waits, and the workers cannot reach the next (h)
+// without the stages that it copies afterwards. So no phase of an mbarrier completes before all who wait for
+// the one before have seen it, and one bit, the parity, tells which phase it is in.
 //
-// Without any one of these syncs the result changes, or the launch does not end (python test_block.py -k
-// simulated_syncs, on a CPU).
+// Without any one of these syncs, but (g) after (4), the result changes, or the launch does not end (python
+// test_block.py -k simulated_syncs, on a CPU).
 //
-// No block leaves while pushes fly, its own or a peer's: it leaves after a (4), before which every block has
-// waited for all of its bytes of (1), (2) and (3).
+// No block leaves while pushes fly, its own or a peer's: it leaves after a (4) or (5), before which every
+// block has waited for all of its bytes of (1), (2) and (3).
 
 // ----------------------------------------------------------------------------------------------------------
 // 3. Configuration
@@ -201,6 +209,7 @@ constexpr int BIAS_HALFS = ceil_div(TILE_ROWS, 8) * 8 + 8;  // biases, copied fr
 constexpr int QKV_ROWS = 3 * HS / K;            // of the rows of one head's q, k, v [120]
 constexpr int OUT_ROWS = HS / K;                // of its output rows, and as many dimensions of o [40]
 constexpr int OWN = C / K;                      // columns that a rank sums for its cluster [1280]
+constexpr int PAIRS = ceil_div(C / 2, WORKERS); // pairs of columns of x that a thread reads, at most [4]
 
 // Cached tokens. A token's k is spread over lanes, 8 dimensions each; a warp works on several tokens at once.
 constexpr int KV_TOKENS = STAGE_BYTES / (4 * HS);  // tokens in a stage: k in one half, v in the other [64]
@@ -241,14 +250,15 @@ struct Layer {  // weights, fp16, read only; the matrices are rows of C (see mod
 struct State {  // global memory, kept between launches; up to `arrivals` read before (0), written at the end
   int token;                   // the next to be read: the last argmax, or -1 if that is not finite
   int position;                // tokens in the cache
-  unsigned rotation;           // which of the three residual buffers holds x
+  unsigned steps;              // layers so far; if odd, x is in the second residual buffer
   unsigned turn;               // which of `best` is the next to be used
   unsigned arrivals;           // what `counter` has reached when no launch runs
-  unsigned counter;            // (4): grows by one a block and layer, and a block and LM head; never reset
+  unsigned counter;            // (5): grows by one a block and token; never reset
   unsigned long long best[2];  // largest logit so far, with its token, see S10; the other of the two is 0
 };
 
-// Host memory: the report of a launch that gives up; seen: at (4) how many blocks lack, elsewhere the parity.
+// Host memory: the report of a launch that gives up; seen: how many sums lack at (4), or blocks at (5); else
+// the parity.
 struct Failure { int sync, block, layer, seen; };
 
 struct Model {  // the kernel's one parameter: pointers only, the same for every launch
@@ -256,7 +266,7 @@ struct Model {  // the kernel's one parameter: pointers only, the same for every
   const half *embed_in, *lnf_w, *lnf_b, *embed_out;  // [V] rows, [C], [C], [V] rows
   const float *rope_cos, *rope_sin;                  // [CTX][ROT/2]
   half* cache;                   // [L][2][NH][CTX][HS] keys and values; each token writes one row of each
-  long long* residual;           // [3][C] fixed point (chapter 6); the three roles are below
+  long long* residual;           // [2][C] words of x (chapter 6); who holds x is below
   float* logits;                 // [V]
   int* history;                  // [CTX] the token chosen at each position
   State* state;
@@ -265,16 +275,16 @@ struct Model {  // the kernel's one parameter: pointers only, the same for every
   unsigned long long* timeline;  // -DTIMELINE
 };
 
-// The residual buffers swap roles from layer to layer, so that (4), once a layer, is all the order they need:
+// The residual buffers take turns; only a launch's end clears one, for the next launch to begin with:
 //
-//     layer l       0: x, read              1: next x, sums arrive   2: cleared
-//     layer l + 1   0: cleared              1: x, read               2: next x, sums arrive
-//     layer l + 2   0: next x, sums arrive  1: cleared               2: x, read
+//     layer l       0: x, read                            1: x of layer l - 1, to which all add
+//     layer l + 1   0: x of layer l, to which all add     1: x, read
 //
-// Between two roles of a buffer stands a (4), which no block passes before all arrive: all have read it
-// before one clears it, it is clear before one adds, all sums are in it before one reads. (The LM head reads
-// x and has a (4) of its own, but no role changes; layer 0 reads the embedding instead.) `best` takes turns
-// too: found before an LM head's (4), read after it, cleared at the next LM head, used at the one after.
+// A layer makes x plus the sums of y. So for each word one thread of the grid, its carrier, adds the x that
+// it has read, and subtracts the word that it read in this buffer a layer ago (carry). That may come before
+// the sums or after: only the total counts. The LM head reads x and adds nothing, so layer 0 finds the
+// buffers as any layer does; it carries the embedding. `best` takes turns too: found before (5), read after
+// it, cleared at the next LM head, used at the one after.
 
 // Who does what for a token. Depends on block, grid and position alone: every run divides work alike.
 struct Plan {
@@ -289,7 +299,7 @@ struct Plan {
 struct alignas(128) Shared {                        // bytes      what; writer -> reader; until
   half ring[STAGES][STAGE_ROWS * C];                // 10 x 20480 rows, or k and v; producer -> workers; (E)
   alignas(16) half bias[STAGES][BIAS_HALFS];        // 10 x 32    of a tile, in the place of its first stage
-  alignas(16) float sums[K * TEAMS][OWN];           // 10240      (3) inbox, from all teams; S9 -> S9; (f)
+  alignas(16) float sums[K * TEAMS][OWN];           // 10240      (3) inbox, from all teams; S9 -> S9; (4)
   alignas(16) float x[C];                           // 10240      (a) S0 -> S0; next layer
   float qkv[3 * HS];                                // 960        (1) inbox; S2 -> S3; (d)
   float slice_o[K][OUT_ROWS], slice_ml[K][2];       // 336        (2) inbox, by rank; S5 -> S6; next (1)
@@ -298,7 +308,7 @@ struct alignas(128) Shared {                        // bytes      what; writer -
   float part_o[WARPS][HS], part_m[WARPS],
       part_l[WARPS];                                // 3280       (e) of a warp's tokens; S5 -> S5; next (d)
   float dots[2][TEAMS][R][TEAM_WARPS];              // 640        (c) two in turn, see dot_tile
-  float stats[TEAMS][TEAM_WARPS][2];                // 80         (b) mean, squares; S1 -> S1; (f)
+  float stats[TEAMS][TEAM_WARPS][2];                // 80         (b) mean, squares; S1 -> S1; (g)
   float rope_cos[ROT / 2], rope_sin[ROT / 2];       // 80         (0) (f) of this position; until S10
   Plan plan;                                        // 32         (0) (f) this block's; until S10
   int layer;                                        // 4          for the report of a failure
@@ -309,15 +319,15 @@ struct alignas(128) Shared {                        // bytes      what; writer -
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory: FIXED_BYTES is wrong");
 
 enum SyncId {  // in Failure::sync
-  SYNC_QKV = 1, SYNC_SLICE, SYNC_SUMS, SYNC_GRID, SYNC_FULL, SYNC_EMPTY, SYNC_TOKEN
+  SYNC_QKV = 1, SYNC_SLICE, SYNC_SUMS, SYNC_X, SYNC_GRID, SYNC_FULL, SYNC_EMPTY, SYNC_TOKEN
 };
 
 // For tests and measurements, all at compile time, so that the product pays nothing:
 //
 //   -DTAPS       stages write what they compute to Model::taps; y keeps its bits
 //   -DTIMELINE   thread 0 of every block writes the time, in ns, at each MARK of a layer
-//   -DMUTANT=k   one thing is broken, and a test must notice: test_block.py lists 1 to 10; 11: block 0 never
-//                arrives at (4)
+//   -DMUTANT=k   one thing is broken, and a test must notice: test_block.py lists 1 to 10; 11: block 0 adds
+//                nothing to x
 #ifdef TAPS  // offsets into Model::taps; a new one needs room in model.py, a name in test_block.py's STAGES
 enum { TAP_XN1 = 0, TAP_XN2 = C, TAP_Q = 2 * C, TAP_K = 3 * C, TAP_V = 4 * C, TAP_O = 5 * C, TAP_H = 6 * C };
 #define TAP(where, value) (m.taps[where] = (value))
@@ -425,8 +435,9 @@ __device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* 
 // another way to memory (a proxy), which no other sync orders.
 __device__ void order_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-// Global memory that other blocks write during the launch. Relaxed: no order with anything else, that is
-// (4)'s part; but read in L2, where additions are made. A plain load may find an earlier layer's x in L1.
+// Global memory that other blocks write during the launch. Relaxed: no order with anything else, but read in
+// L2, where additions are made: what is in a word, its count and its sum, is from the same moment. A plain
+// load may find an earlier layer's x in L1.
 __device__ longlong2 load_relaxed(const long long* p) {
   longlong2 v;
   asm volatile("ld.relaxed.gpu.global.v2.s64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p));
@@ -441,8 +452,8 @@ __device__ unsigned long long load_relaxed(const unsigned long long* p) {
 __device__ void add_relaxed(long long* p, long long v) {
   asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" :: "l"(p), "l"(v));
 }
-// Counts one; whoever acquires the count also sees all that this block wrote or added before. Relaxed, the
-// count could overtake the sums it stands for.
+// Counts one; whoever acquires the count also sees all that this block wrote before. Relaxed, the count could
+// overtake what it stands for.
 __device__ void arrive_release(unsigned* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(counter) : "memory");
 }
@@ -477,8 +488,9 @@ __device__ unsigned long long global_ns() {
 }
 
 // Every launch ends: past PATIENCE the first to lose it writes down what it waited for, in host memory that
-// outlives the launch, and the trap ends all blocks, and with them the process's CUDA context. Workers at (F)
-// have no patience to lose, which would be code in the innermost loops: their producer loses it for them.
+// outlives the launch, and the trap ends all blocks, and with them the process's CUDA context. Workers at
+// (F), and those that check x after (g), have no patience to lose: the producer, or the thread that polls,
+// loses it for them.
 constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
 
 __device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int seen) {
@@ -509,11 +521,13 @@ __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t pari
 // 16 bytes of shared memory in one load; the address is a multiple of 16.
 __device__ const uint4& as16(const half* p) { return *reinterpret_cast<const uint4*>(p); }
 
+__device__ float2 widen2(const half* h) { return __half22float2(*reinterpret_cast<const half2*>(h)); }
+
 // 8 fp16 -> 8 fp32. Products and sums are fp32 throughout; only weights, k and v are fp16.
 __device__ void widen(const uint4& w, float* f) {
-  const half2* h = reinterpret_cast<const half2*>(&w);
+  const half* h = reinterpret_cast<const half*>(&w);
   for (int i = 0; i < 4; i++) {
-    const float2 pair = __half22float2(h[i]);
+    const float2 pair = widen2(h + 2 * i);
     f[2 * i] = pair.x; f[2 * i + 1] = pair.y;
   }
 }
@@ -544,17 +558,26 @@ __device__ float reduce_rows(float (&v)[R], int lane) {
 
 // The clusters add to x in whatever order they finish. A floating-point sum rounds at every step, so its last
 // bits would differ from run to run; an integer sum is the same in any order. So x between layers is 64-bit
-// fixed point in units of 2^-24 = 6e-8: for values above 1 no coarser than fp32. A part that does not fit
-// (65536 and up, more than fp16 holds; infinities; NaN) adds 2^54 instead, and the sum reads back as NaN: the
-// others, less than 2^40 each, cannot hide it, nor do 511 clusters of it overflow.
-constexpr float FIXED_ONE = 16777216.f, FIXED_LIMIT = 65536.f;
-constexpr long long FIXED_NAN = 1ll << 54, FIXED_EDGE = 1ll << 53;
+// words. The upper 55 bits are fixed point, in units of 2^-22 = 2.4e-7: for values above 2 no coarser than
+// fp32. A part that does not fit (65536 and up, more than fp16 holds; infinities; NaN) adds 2^47 units
+// instead, and the sum reads back as NaN: 254 others, of less than 2^38 each, cannot hide it, and 255 marks,
+// which wrap round 55 bits, end at -2^47, no nearer to 0 than one. The lower 9 bits count additions: 1 each,
+// from 0 in one layer that uses the buffer, from LAP in the next, so that a word of two layers ago is not
+// taken for a new one.
+constexpr float FIXED_ONE = 4194304.f, FIXED_LIMIT = 65536.f;
+constexpr long long FIXED_NAN = 1ll << 47, FIXED_EDGE = 1ll << 46;
+constexpr int COUNT_BITS = 9, LAP = 256, MOST_CLUSTERS = 254;  // and a carrier: 255 additions
 
-__device__ long long to_fixed(float v) {
-  return fabsf(v) < FIXED_LIMIT ? __float2ll_rn(v * FIXED_ONE) : FIXED_NAN;
+__device__ long long to_word(float v) {  // one addition of v
+  return (fabsf(v) < FIXED_LIMIT ? __float2ll_rn(v * FIXED_ONE) : FIXED_NAN) * (1 << COUNT_BITS) + 1;
 }
-__device__ float from_fixed(long long q) {
+__device__ float from_word(long long word) {
+  const long long q = word >> COUNT_BITS;
   return q > -FIXED_EDGE && q < FIXED_EDGE ? __ll2float_rn(q) * (1 / FIXED_ONE) : __int_as_float(0x7fffffff);
+}
+// 0 if two words are whole; else, if the carrier has been there and both lack as many, how many additions.
+__device__ unsigned lacking(const longlong2& words, unsigned count) {
+  return ((count - (unsigned)words.x) | (count - (unsigned)words.y)) % (1 << COUNT_BITS);
 }
 
 // ----------------------------------------------------------------------------------------------------------
@@ -567,7 +590,8 @@ __device__ float from_fixed(long long q) {
 //
 // Balance by bytes: a head costs each block of its cluster 1/K of its rows and cached tokens, and hidden
 // units fill up what the heads leave. Two costs are more than bytes. ATTENTION_BYTES charges a head for its
-// chain of small steps, which move few: 96 KiB in 2.8b, 2.8 us of an even share (tuned; build.py sets it).
+// chain of small steps, which move few: 24 KiB in 160m, 0 in 2.8b, where the ring fills up in that time for
+// the rest of the layer (tuned; build.py sets it).
 // A cached token counts KV_WEIGHT / 2 times, because softmax makes it slower to use than to read.
 constexpr int KV_WEIGHT = 3;
 static_assert(64ll * (8ll * HS * C + 2ll * KV_WEIGHT * HS * CTX + ATTENTION_BYTES) < 1ll << 31,
@@ -722,6 +746,8 @@ struct Worker {  // one thread's view
   int flip = 0;                             // which half of `dots` is next, see dot_tile
   uint32_t head_parity = 0, sums_parity = 0;
   Columns y;
+  const int carried = (gridDim.x - 1 - blockIdx.x) * WORKERS + tid;  // pair of columns; past C / 2: none
+  longlong2 own_now, own_next;              // of that pair, the words of x, and those that x_next began with
 
   // Column of element i of what a thread owns: consecutive threads, consecutive 16 bytes, which shared memory
   // serves without making any of them wait.
@@ -789,30 +815,54 @@ struct Worker {  // one thread's view
   }
 
   // S0 READ X
-  //   math    x from fixed point; before layer 0, a row of embed_in
+  //   math    x from its words, once they are whole; before layer 0, a row of embed_in
   //   owner   each thread reads a share of the columns, 2 at a time, and gets its own from shared memory
-  //   bytes   8 * C, 20 KB from L2, the same for all blocks     syncs   after (4); ends with (a)
-  //   why     teams that each read all of x would ask L2 for the same few lines that many times over
-  __device__ void read_residual(const long long* x_now, Columns& x) {
-    constexpr int PAIRS = ceil_div(C / 2, WORKERS);
+  //   bytes   8 * C, 20 KB from L2, the same for all blocks     syncs   contains (4), (g); ends with (a)
+  //   why     teams that each read all of x would ask L2 for the same few lines that many times over; threads
+  //           that all wait for the last addition would ask for them all the time, and slow it down
+  //
+  // One thread of a block waits for a word among the last that are added to. It is of this rank's columns, so
+  // that whichever block does not come, some rank's thread notices. It saves time only: read_residual checks
+  // every word.
+  __device__ void wait_for_x(const long long* x_now, unsigned count) const {
+    if (tid == 0) {
+      const long long start = clock64();
+      for (unsigned lack; (lack = lacking(load_relaxed(x_now + (s.plan.rank + 1) * OWN - 2), count));)  // (4)
+        if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_X, s.layer, lack);
+    }
+    workers_sync();  // (g)
+  }
+  __device__ void read_residual(const long long* x_now, unsigned count, Columns& x) {
     longlong2 q[PAIRS];
-    for (int i = 0; i < PAIRS; i++)  // all loads start before the first is used: one trip to L2, not PAIRS
-      if (tid + i * WORKERS < C / 2) q[i] = load_relaxed(x_now + 2 * (tid + i * WORKERS));
-    for (int i = 0; i < PAIRS; i++)
-      if (tid + i * WORKERS < C / 2)
-        *reinterpret_cast<float2*>(&s.x[2 * (tid + i * WORKERS)]) =
-            make_float2(from_fixed(q[i].x), from_fixed(q[i].y));
+    for (unsigned lack = 1; lack;) {
+      lack = 0;
+#pragma unroll
+      for (int i = 0; i < PAIRS; i++)  // all loads start before the first is used: one trip to L2, not PAIRS
+        if (tid + i * WORKERS < C / 2) q[i] = load_relaxed(x_now + 2 * (tid + i * WORKERS));
+#pragma unroll
+      for (int i = 0; i < PAIRS; i++)
+        if (MUTANT != 8 && tid + i * WORKERS < C / 2) lack |= lacking(q[i], count);  // (4)
+    }
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+      const int pair = tid + i * WORKERS;
+      if (pair == carried) own_now = q[i];
+      if (pair < C / 2)
+        *reinterpret_cast<float2*>(&s.x[2 * pair]) = make_float2(from_word(q[i].x), from_word(q[i].y));
+    }
     workers_sync();  // (a)
     for (int i = 0; i < COLS; i++) x[i] = s.x[column(i)];
   }
 
+  // -1, too, is a row that exists: the launch makes its other tokens, and the host stops at the -1.
+  __device__ const half* embedding(int token) const {
+    return m.embed_in + (size_t)min(max(token, 0), V - 1) * C;
+  }
   __device__ void read_embedding(int token, Columns& x) const {
-    // -1, too, reads a row that exists: the launch makes its other tokens, and the host stops at the -1.
-    const half* row = m.embed_in + (size_t)min(max(token, 0), V - 1) * C;
-    for (int p = 0; p < PIECES; p++) widen(load16(row + column(8 * p)), x + 8 * p);
+    for (int p = 0; p < PIECES; p++) widen(load16(embedding(token) + column(8 * p)), x + 8 * p);
   }
 
-  // Called before (4), so that they have arrived when x has. Layer L stands for the final LayerNorm.
+  // Called before (4) or (5), so that they have arrived when x has. Layer L is the final LayerNorm.
   __device__ Norms load_norms(int layer) const {
     const Layer& w = m.layers[min(layer, L - 1)];
     Norms n;
@@ -828,7 +878,7 @@ struct Worker {  // one thread's view
 
   // S1 LAYERNORM
   //   math    x <- (x - mean) / sqrt(var + eps), then xn1 = x * w1 + b1 and xn2 = x * w2 + b2
-  //   owner   every team, for itself: to share what one block computes would take a second grid barrier
+  //   owner   every team, for itself: to share what one block computes would take a second sync of the grid
   //   bytes   8 * C, 20 KB, on their way since before (4)       syncs   contains (b)
   //   why     E[x^2] - E[x]^2 cancels where the mean is large. So a thread takes its mean first, then sums
   //           the squared distances to it, and groups of n values merge exactly (Chan, Golub, LeVeque 1979):
@@ -1045,7 +1095,7 @@ struct Worker {  // one thread's view
   }
 
   // S9 SUM
-  //   math    x_next = sum over all teams of y; one of them has x and the output biases in it (carries_x)
+  //   math    x_next = x + output biases, by carry, + sum over all teams of y
   //   owner   every team pushes its y to the ranks that own its columns; rank r adds r*OWN.. to x_next
   //   bytes   4 * C a team, 10 KB to shared memories; 8 * C a cluster, 20 KB to L2     syncs   contains (3)
   //   why     the cluster adds up first (ClusterReduce), as additions to one address queue up in L2; in the
@@ -1064,25 +1114,40 @@ struct Worker {  // one thread's view
   }
 
   // Thread i adds column i, so that a warp's 32 additions are 256 bytes side by side, two requests to L2.
+  // Nobody waits for them to arrive, or says that they have: see (4).
   __device__ void add_to_residual(long long* x_next) const {
+    if (MUTANT == 11 && blockIdx.x == 0) return;
     for (int c = thread_again(); c < OWN; c += WORKERS) {
       float sum = 0;
 #pragma unroll 8
       for (int part = 0; part < K * TEAMS; part++)
         if (MUTANT != 4 || part > 0) sum += s.sums[part][c];
-      add_relaxed(x_next + s.plan.rank * OWN + c, to_fixed(sum));
+      add_relaxed(x_next + s.plan.rank * OWN + c, to_word(sum));
     }
   }
 
-  // (4) One counter, one arrival a block, one thread a block that polls. The counter only ever grows, so
+  // One thread for each pair of columns, of the last blocks: where heads are few, they have none. It takes
+  // away the old word, count and all; `lap` is what the new count starts from. Unsigned, as that may wrap.
+  __device__ void carry(int layer, int token, long long* x_next, int lap) const {
+    const int c = 2 * carried;
+    if (c >= C) return;
+    const Layer& w = m.layers[layer];
+    const float2 out = widen2(w.b_out + c), down = widen2(w.b_down + c),
+                 x = layer == 0 ? widen2(embedding(token) + c)
+                                : make_float2(from_word(own_now.x), from_word(own_now.y));
+    add_relaxed(x_next + c, to_word(x.x + out.x + down.x) + lap - (unsigned long long)own_next.x);
+    add_relaxed(x_next + c + 1, to_word(x.y + out.y + down.y) + lap - (unsigned long long)own_next.y);
+  }
+
+  // (5) One counter, one arrival a block, one thread a block that polls. The counter only ever grows, so
   // there is nothing to reset and no phase to mix up; the difference is right even where 32 bits wrap round.
   __device__ void grid_barrier(unsigned target) const {
     workers_sync();  // (f)
     if (tid == 0) {
       unsigned* counter = &m.state->counter;
-      if (MUTANT != 11 || blockIdx.x != 0) arrive_release(counter);  // (4)
+      arrive_release(counter);  // (5)
       const long long start = clock64();
-      for (unsigned seen; MUTANT != 8 && (int)((seen = load_acquire(counter)) - target) < 0;)  // (4)
+      for (unsigned seen; (int)((seen = load_acquire(counter)) - target) < 0;)  // (5)
         if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_GRID, s.layer, target - seen);
     }
     workers_sync();  // (g)
@@ -1091,7 +1156,7 @@ struct Worker {  // one thread's view
   // S10 LM HEAD
   //   math    logits = rows @ LNf(x), token = argmax
   //   owner   a block has rows lm_head_row(block)..lm_head_row(block + 1) - 1
-  //   bytes   V * C * 2 / 132, 1.95 MB, 56 us     syncs   after (4); (F) (E) a stage; (c) a tile; then (4)
+  //   bytes   V * C * 2 / 132, 1.95 MB, 56 us     syncs   after (4); (F) (E) a stage; (c) a tile; then (5)
   //   why     packed into 64 bits, (logit, token) is ordered by logit, then by smaller token, NaN above all
   //           as in torch; and an integer maximum does not depend on the order in which blocks arrive
   __device__ void lm_head(const Columns& x, int turn) {
@@ -1111,7 +1176,7 @@ struct Worker {  // one thread's view
     if (lane == 0) atomicMax(&m.state->best[turn], best);
   }
 
-  // The token chosen by S10, after (4); -1 if the largest logit is not finite. In S10's order the bits of a
+  // The token chosen by S10, after (5); -1 if the largest logit is not finite. In S10's order the bits of a
   // finite one lie between those of -FLT_MAX and FLT_MAX.
   __device__ int chosen(int turn) const {
     const unsigned long long best = load_relaxed(&m.state->best[turn]);
@@ -1130,33 +1195,33 @@ struct Worker {  // one thread's view
 // that it took on an H200, with marks, the mean of the layers in results/ (`bench.py --timeline`).
 //
 //  mark        thread 0 of block 11                                           KB  share  took  waits for
-//  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                 1.1  L2, (a)
+//  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                 2.1  L2, (a)
 //              S1: has columns 0..7 from here on                                               (b)
-//  QKV         S2: rows 1320..1439: head 5, k from dimension 40 on, and v    615   17.7  13.7  memory
-//  1           S8: units 328..343; (1)                                       164    4.7   4.5  memory
-//  ATTEND      S3: rotates q[0] with q[10]                                                1.6  (d)
+//  QKV         S2: rows 1320..1439: head 5, k from dimension 40 on, and v    615   17.7  13.4  memory
+//  1           S8: units 382..397; (1)                                       164    4.7   4.4  memory
+//  ATTEND      S3: rotates q[0] with q[10]                                                1.7  (d)
 //              S5: dimensions 0..7 of tokens 64, 84, 104, 124; after (e)      20    0.6        (e)
 //              merges dimension 0 of 10 warps, pushes o, m, l to rank 0
-//  2           S8: units 344..357; (2)                                       143    4.1   3.2  memory
-//  OUT, UNITS  S6, S7: output rows 440..479; S8: no unit is left             205    5.9   5.9  memory
-//  3           S9: pushes y[0..7] to rank 0; (3)                                          0.7  peer's sums
+//  2           S8: units 398..413; (2)                                       164    4.7   3.6  memory
+//  OUT, UNITS  S6, S7: output rows 440..479; S8: units 414..416              236    6.8   6.9  memory
+//  3           S9: pushes y[0..7] to rank 0; (3)                                          0.6  peer's sums
 //  ADDED       S9: adds columns 1280, 1600, 1920, 2240 of the sum to x                    0.4  L2
-//  START       (4): being thread 0, arrives and polls                                     6.6  other blocks
-//  a layer                                                                  1147   33.1  37.7
+//  START       (4): being thread 0, polls columns 2558 and 2559 of x                      2.8  other blocks
+//  a layer                                                                  1199   34.5  35.9
 //
-// All blocks together need 34.9 us for their bytes, at the 4.54 TB/s of that GPU. Of the wait at (4), 3.7 us
-// pass until the last block has added, and 2.9 until all know. The producer goes on meanwhile, which is why
+// All blocks together need 34.1 us for their bytes, at the 4.65 TB/s of that GPU. Of the wait at (4), 1.5 us
+// pass until the last block has added, and 1.3 until all know. The producer goes on meanwhile, which is why
 // S2 takes less than its share.
 
 // tokens: how many to make, fewer where the cache ends; 0: first_layer..last_layer - 1 alone, no LM head.
-// Every thread keeps token, position, turn, arrivals and rotation for itself; all have the same.
+// Every thread keeps token, position, turn, arrivals and steps for itself; all have the same.
 __global__ void __launch_bounds__(WORKERS + 32, 1)
 fused_block(const __grid_constant__ Model m, const int first_layer, const int last_layer, const int tokens) {
   extern __shared__ __align__(128) uint8_t raw[];
   Shared& s = *reinterpret_cast<Shared*>(raw);
   State& state = *m.state;
   int token = state.token, position = state.position, turn = state.turn;
-  unsigned arrivals = state.arrivals, rotation = state.rotation;
+  unsigned arrivals = state.arrivals, steps = state.steps;
   const int end = min(position + max(tokens, 1), CTX);
   if (position >= end) return;  // no row left in the cache: all blocks leave, and nothing changes
 
@@ -1178,30 +1243,35 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
   const Plan& plan = s.plan;
   Worker w{m, s};
   const bool is_first = blockIdx.x == 0 && w.tid == 0;  // of all threads
-  // The first team of the last block brings x and the output biases into a layer's sum, once: see S9.
-  const bool carries_x = blockIdx.x == gridDim.x - 1 && w.team == 0;
   Columns x, xn1, xn2;
-  long long *x_now = m.residual + rotation % 3 * C, *x_next = m.residual + (rotation + 1) % 3 * C,
-            *x_clear = m.residual + (rotation + 2) % 3 * C;
+  long long *x_now = m.residual + steps % 2 * C, *x_next = m.residual + (steps + 1) % 2 * C;
+  const bool carries = 2 * w.carried < C;
+  if (carries) w.own_now = load_relaxed(x_now + 2 * w.carried);
+  w.own_next = {0, 0};  // as the launch before has left it: by now others may have added to it
   Norms norms = w.load_norms(first_layer);
 
   for (int layer = first_layer; position < end;) {
     if (w.tid == 0) s.layer = layer;
     if (layer == 0) w.read_embedding(token, x);
-    else w.read_residual(x_now, x);                                     // S0
-    for (int i = 0; i < COLS; i++) w.y[i] = carries_x ? x[i] : 0.f;
+    else {
+      const unsigned count = plan.clusters + 1 + steps / 2 % 2 * LAP;
+      w.wait_for_x(x_now, count);                                       // (4)
+      MARK(MARK_START);
+      w.read_residual(x_now, count, x);                                 // S0, (4)
+    }
+    if (layer == last_layer && tokens == 0) break;
     w.normalize(x);                                                     // S1
     w.affine(x, norms.w1, norms.b1, xn1);
 
     if (layer == L) {
       if (is_first) state.best[turn ^ 1] = 0;          // chapter 4: all have read it
-      if (position + 1 < end) {                        // plan, angles: last read before (4) of layer L - 1
+      if (position + 1 < end) {                        // plan, angles: all have used them before (a)
         if (w.tid == 0) s.plan = make_plan(blockIdx.x, gridDim.x, position + 1);
         load_rope(m, s, position + 1, WORKERS);
       }
       w.lm_head(xn1, turn);                                             // S10
       norms = w.load_norms(0);
-      w.grid_barrier(arrivals += gridDim.x);                            // (4)
+      w.grid_barrier(arrivals += gridDim.x);                            // (5)
       if (w.tid == 0) barrier_arrive(&s.token_ready);                   // (h)
       token = w.chosen(turn);
       if (is_first) m.history[position] = token;
@@ -1209,16 +1279,11 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
       continue;
     }
 
-    // The last blocks clear: they have no head where heads are fewer than clusters.
-    for (int c = (gridDim.x - 1 - blockIdx.x) * WORKERS + w.tid; c < C; c += gridDim.x * WORKERS)
-      x_clear[c] = 0;                                                   // chapter 4: all have read it
+    w.carry(layer, token, x_next, (steps + 1) / 2 % 2 * LAP);           // S9
     w.affine(x, norms.w2, norms.b2, xn2);
     const Columns& xn = MUTANT == 2 ? xn1 : xn2;
-    for (int p = 0; carries_x && p < PIECES; p++) {
-      axpy8(1, load16(m.layers[layer].b_out + w.column(8 * p)), w.y + 8 * p);
-      axpy8(1, load16(m.layers[layer].b_down + w.column(8 * p)), w.y + 8 * p);
-    }
-    for (int i = 0; carries_x && i < COLS; i++) {
+    for (int i = 0; i < COLS; i++) {
+      w.y[i] = 0;
       TAP(TAP_XN1 + w.column(i), xn1[i]);
       TAP(TAP_XN2 + w.column(i), xn2[i]);
     }
@@ -1252,14 +1317,12 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     norms = w.load_norms(layer + 1);
     MARK(MARK_ADDED);
     long long* const x_last = x_now;
-    x_now = x_next, x_next = x_clear, x_clear = x_last, rotation++, layer++;
-    w.grid_barrier(arrivals += gridDim.x);                              // (4)
-    MARK(MARK_START);                                                   // of the next layer
-    if (layer == last_layer && tokens == 0) break;
+    x_now = x_next, x_next = x_last, w.own_next = w.own_now, steps++, layer++;
   }
   if (w.lane == 0) barrier_arrive(&s.workers_done);
-  if (is_first) {  // all have arrived at the last (4), so have read these
-    state.token = token, state.position = position, state.rotation = rotation % 3;
+  if (carries) x_next[2 * w.carried] = x_next[2 * w.carried + 1] = 0;  // all have read it
+  if (is_first) {  // all have added to the x of the last (4), so have read these
+    state.token = token, state.position = position, state.steps = steps;
     state.turn = turn, state.arrivals = arrivals;
   }
 }
@@ -1267,9 +1330,9 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 // ----------------------------------------------------------------------------------------------------------
 // 9. Host side
 //
-// Why cooperative: (4) spins, so a block that cannot start before another ends would hang the grid. Two
-// launches at the same time could each get half of the multiprocessors, and wait for the other half for ever.
-// With the attribute the driver starts all blocks of a launch at once, or refuses.
+// Why cooperative: (4) and (5) spin, so a block that cannot start before another ends would hang the grid.
+// Two launches at the same time could each get half of the multiprocessors, and wait for the other half for
+// ever. With the attribute the driver starts all blocks of a launch at once, or refuses.
 
 static cudaLaunchConfig_t configure(cudaLaunchAttribute (&attributes)[2], int clusters, void* stream) {
   attributes[0].id = cudaLaunchAttributeClusterDimension; attributes[0].val.clusterDim = {K, 1, 1};
@@ -1299,6 +1362,7 @@ extern "C" const char* fused_prepare(int* clusters) {
   config.numAttrs = 1;
   CHECK(cudaOccupancyMaxActiveClusters(clusters, fused_block, &config));
   if (*clusters > multiprocessors / K) *clusters = multiprocessors / K;
+  if (*clusters > MOST_CLUSTERS) *clusters = MOST_CLUSTERS;
   return nullptr;
 }
 
@@ -1307,6 +1371,7 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
   if (first_layer < 0 || first_layer >= last_layer || last_layer > L || tokens < 0 ||
       (tokens > 0 && last_layer < L) || (tokens > 1 && first_layer > 0))
     return "no such range of layers: take 0 <= first < last <= L; several tokens need all layers";
+  if (clusters * K * WORKERS < C / 2) return "too few blocks: some words of x would have no carrier";
   const Model& m = *reinterpret_cast<const Model*>(pointers);
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configure(attributes, clusters, stream);
@@ -1317,15 +1382,18 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
 // ----------------------------------------------------------------------------------------------------------
 // 11. Exercises: edits worth trying, with what to expect of a token of 2.8b at T = 128 on an H200
 //
-// 1. K: cluster=1 and cluster=4 (python bench.py --ablate). Expect 1 to take 23 % longer, as a head's rows
-// all fall to one block, and 4 less than 1 %, though fewer blocks fit. Which of (1), (2), (3) takes longer?
+// 1. K: cluster=1 and cluster=4 (python bench.py --ablate). Expect 1 to take 28 % longer, as a head's rows
+// all fall to one block, and 4 as long as 2, though fewer blocks fit. Which of (1), (2), (3) takes longer?
 // 2. build.py: ROWS 4 and 16 instead of 8. With 4, reductions come twice as often; with 16, the ring is two
-// tiles, 4 stages of 40 KB, and the producer one tile ahead at most. Expect 4 to cost 1 %, 16 far more.
+// tiles, 4 stages of 40 KB, and the producer one tile ahead at most. Expect 4 to cost 2 %, 16 far more.
 // 3. make_plan: filler = 0. The bits of y change, as every thread adds in another order. The block of a head
 // takes longer by what (1) and (2) take to travel; how much is that of a token?
-// 4. build.py: attention_kib = 0. By the bytes that move, expect blocks with a head to arrive 1.5 us later
-// at (4), the others 1.4 us earlier. pace = 2**20, which is none: expect 1b to take 4 % longer, 2.8b hardly.
-// 5. to_fixed, add_relaxed: a float atomicAdd instead. In how many of 1000 launches do all bits agree?
+// 4. build.py: attention_kib = 96. By the bytes that move, expect blocks with a head to add to x 1.5 us
+// earlier, the others 1.4 us later, and a token to take as long; with 2000 tokens cached, 2 % longer. pace =
+// 2**20, which is none: expect 1 % in 2.8b, 8 % in 1b.
+// 5. wait_for_x: leave it out. The bits stay, as all check what they read; expect a token to take 5 % longer,
+// as all poll. Then leave out the check instead: how often do the bits change, and why do some launches not
+// end (carry)?
 // 6. dot_tile: leave out `flip ^= 1`, so that all tiles share one half of `dots`. Find the interleaving of
 // two warps that goes wrong, then count how often it does: on a GPU, or in the orders of simulator.cpp (-k
 // simulated_block).

@@ -567,7 +567,7 @@ class Fused:
         c, device = model.config, cache.device
         self.config, self.device, self.cache = c, device, cache
         self.state = torch.zeros(16, dtype=torch.int32, device=device)            # the kernel's State
-        self.residual = torch.zeros(3, c.hidden, dtype=torch.int64, device=device)
+        self.residual = torch.zeros(2, c.hidden, dtype=torch.int64, device=device)
         self.logits = torch.zeros(c.vocab, device=device)
         self.history = torch.zeros(c.context, dtype=torch.int32, device=device)   # tokens chosen, by position
         self.failure = torch.zeros(4, dtype=torch.int32, pin_memory=device.type == "cuda")  # outlives CUDA
@@ -603,10 +603,10 @@ class Fused:
     def launch(self, first_layer, last_layer, tokens=0):
         """Layers first_layer..last_layer - 1 on the current stream.
 
-        From layer 0 on, x is the token's embedding; later, what the last launch left. With `tokens` 0 that is
-        all. With 1, logits and argmax follow, and the position advances: last_layer has to be n_layer. With
-        more, all layers go on with the argmax: first_layer has to be 0. Fewer are made where the context
-        ends.
+        From layer 0 on, x is the token's embedding; later, what the last launch left: there has to be one.
+        With `tokens` 0 that is all. With 1, logits and argmax follow, and the position advances: last_layer
+        has to be n_layer. With more, all layers go on with the argmax: first_layer has to be 0. Fewer are
+        made where the context ends.
         """
         with torch.cuda.device(self.device):
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -678,8 +678,9 @@ class Fused:
             sync, block, layer, seen = self.failure.tolist()
             if sync == 0:
                 raise
-            name = ["", "(1)", "(2)", "(3)", "(4)", "(F)", "(E)", "(h)"][sync]
-            lacking = f", where {seen} blocks had not arrived," if sync == 4 else ""
+            name = ["", "(1)", "(2)", "(3)", "(4)", "(5)", "(F)", "(E)", "(h)"][sync]
+            lacking = {4: f", where x lacked {seen} of its sums,",
+                       5: f", where {seen} blocks had not arrived,"}.get(sync, "")
             raise RuntimeError(f"the fused kernel waited too long at sync {name}{lacking} in block {block}, "
                                f"layer {layer}, and gave up: start a new process") from error
 

@@ -4,10 +4,11 @@
 // that are PTX; those are here, as what they do.
 //
 // The kernel may depend on no order but that of its syncs, so all else comes in a random one: warps take
-// turns in any order, and some dawdle; copies, pushes and additions to x arrive late, in any order; where a
-// copy will land, as in all shared memory at first, there is NaN. A copy from beyond a tensor ends the
-// launch. The same seed gives the same order. What this does not show: time; what two threads do between two
-// waits, which never interleaves; and threads that see the same stores in different orders.
+// turns in any order, and some dawdle; in some launches a cluster begins late; copies, pushes and additions
+// to x arrive late, in any order, in some launches additions later than all else; where a copy will land, as
+// in all shared memory at first, there is NaN. A copy from beyond a tensor ends the launch. The same seed
+// gives the same order. What this does not show: time; what two threads do between two waits, which never
+// interleaves; and threads that see the same stores in different orders.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -16,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -77,13 +79,13 @@ struct Fiber {
   bool begun = false, ended = false;
 };
 
-struct Late { int block; bool is_addition; std::function<void()> arrive; };  // on its way, from `block`
 
 constexpr int SHARED = SHARED_BYTES, STACK = 1 << 16;  // bytes
 std::vector<Block> blocks;
 std::vector<Barrier> clusters;
 std::vector<Fiber> fibers;
-std::vector<Late> late;
+std::vector<std::function<void()>> late, later;  // on their way
+bool slow;  // additions go to `later`
 std::mt19937 rng;
 Fiber* fiber;
 jmp_buf scheduler;
@@ -169,11 +171,8 @@ void land(int block, void* barrier, int bytes) {
   lost |= blocks[block].running == 0;
   count(barrier, -bytes, 0);
 }
-void send(std::function<void()> arrive, bool is_addition = false) {
-  late.push_back({blockIdx.x, is_addition, arrive});
-}
 void push(uint32_t to, float v, uint32_t barrier) {
-  send([=] { memcpy(at(to), &v, 4); land(to >> 18, at(barrier), 4); });
+  late.push_back([=] { memcpy(at(to), &v, 4); land(to >> 18, at(barrier), 4); });
 }
 void push4(uint32_t to, const float* v, uint32_t barrier) {
   if (to % 16) __trap();
@@ -189,18 +188,16 @@ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint6
   if ((address(blockIdx.x, to) | (uintptr_t)from | bytes) % 16) __trap();
   check_read(from, bytes);
   memset(to, 0xff, bytes);
-  send([=, own = blockIdx.x] { memcpy(to, from, bytes); land(own, full, bytes); });
+  late.push_back([=, own = blockIdx.x] { memcpy(to, from, bytes); land(own, full, bytes); });
 }
 
 void order_copies() {}
 longlong2 load_relaxed(const long long* p) { yield(); return {p[0], p[1]}; }
 unsigned long long load_relaxed(const unsigned long long* p) { yield(); return *p; }
-void add_relaxed(long long* p, long long v) { send([=] { *p += v; }, true); }
-void arrive_release(unsigned* counter) {  // after all additions that its block has made so far
-  for (Late& l : late)
-    if (l.is_addition && l.block == blockIdx.x) std::exchange(l.arrive, [] {})();
-  ++*counter, idle = 0;
+void add_relaxed(long long* p, long long v) {
+  (slow ? later : late).push_back([=] { *p += v; });
 }
+void arrive_release(unsigned* counter) { ++*counter, idle = 0; }
 unsigned load_acquire(const unsigned* counter) { yield(); return *counter; }
 uint4 load16(const half* p) { check_read(p, 16); return *(const uint4*)p; }
 void named_barrier(int id, int threads) { meet(block().named[id], threads); }
@@ -239,11 +236,13 @@ bool run_warp(Fiber* lanes) {
 }
 
 void arrive_some() {
+  if (!later.empty()) idle = 0;
+  if (chance(500)) std::move(later.begin(), later.end(), std::back_inserter(late)), later.clear();
   for (int n = late.empty() || chance(3) ? 0 : 1 + rng() % late.size(); n > 0; n--) {
     std::swap(late[rng() % late.size()], late.back());
-    const Late l = std::move(late.back());
+    const std::function<void()> arrive = std::move(late.back());
     late.pop_back();
-    l.arrive();
+    arrive();
     idle = 0;
   }
 }
@@ -257,7 +256,7 @@ extern "C" __attribute__((visibility("default"))) int simulate(const void* const
   kernel = [=] { fused_block(*(const Model*)pointers, first_layer, last_layer, tokens); };
   gridDim.x = n_blocks;
   rng.seed(seed);
-  trapped = lost = false, idle = 0;
+  trapped = lost = false, idle = 0, slow = chance(2);
   clusters.assign(n_clusters, {});
   blocks.resize(n_blocks);
   for (Block& b : blocks) {
@@ -279,18 +278,21 @@ extern "C" __attribute__((visibility("default"))) int simulate(const void* const
   std::vector<int> order(n_blocks * warps);
   std::iota(order.begin(), order.end(), 0);
   size_t ended = 0;
+  const int tardy = chance(8) ? rng() % n_clusters : n_clusters;  // a cluster that begins when others are far
   for (int turn = 0; ended < order.size() && !trapped && idle++ < 5000; turn++) {
+    if (tardy < n_clusters && turn < 3000) idle = 0;
     if (turn % 16 == 0) std::shuffle(order.begin(), order.end(), rng);
     for (int w : order) {
       Warp& warp = blocks[w / warps].warps[w % warps];
       if (turn % 64 == 0) warp.dawdles = chance(4);
       if (trapped || warp.ended || (warp.dawdles && !chance(20))) continue;
+      if (w / warps / CLUSTER == tardy && turn < 3000) continue;
       warp.ended = run_warp(&fibers[w * 32]);
       if (warp.ended) ended++, blocks[w / warps].running--;
     }
     arrive_some();
   }
-  for (Late& l : late) l.arrive();
-  late.clear(), fibers.clear(), blocks.clear();
+  for (auto& arrive : late) arrive();
+  late.clear(), later.clear(), fibers.clear(), blocks.clear();
   return ended == order.size() && !lost;
 }

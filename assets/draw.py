@@ -90,8 +90,7 @@ def picture():
     text(888, top + 2, "other blocks", "end small soft")
     y += 6
     path(f"M{x} {y} H888", "sync")
-    text(x, y + 19, "(4) grid barrier, one a layer: what all blocks have added is the next x",
-         "red")
+    text(x, y + 19, "(4) once a layer: what all blocks have added is the next x", "red")
     y += 32
     for _ in range(3):
         cells(x, y, w, 11, n, "dot pale")
@@ -185,8 +184,8 @@ def barrier():
     box(500, y - 11, 26, 14, "kv")
     text(534, y, "attention over this rank's cached tokens", "small")
     text(10, y + 22, "(1), (2), (3) stay within a cluster; (1) and (2) travel while hidden units are "
-                     "worked on. (4) is the only sync of the whole grid.", "small soft")
-    save("barrier", 850, y + 34, "A head is a cluster's, a hidden unit a block's; one grid barrier")
+                     "worked on. In a layer, (4) is the only one of the whole grid.", "small soft")
+    save("barrier", 850, y + 34, "A head is a cluster's, a hidden unit a block's; one sync of the grid")
 
 
 def collectives():
@@ -244,8 +243,8 @@ def ring():
 
 
 def sums():
-    text(10, 18, "Clusters add to x in the order in which they finish. u = 2⁻²⁴", "big")
-    as_floats = ("(1 + u) + u", "= 1"), ("1 + (u + u)", "= 1.00000012")
+    text(10, 18, "Clusters add to x in the order in which they finish. u = 2⁻²²", "big")
+    as_floats = ("(4 + u) + u", "= 4"), ("4 + (u + u)", "= 4.00000048")
     as_integers = ("(16777216 + 1) + 1", "= 16777218"), ("16777216 + (1 + 1)", "= 16777218")
     for x, kind, title, sides in ((10, "axpy", "as fp32: another order, other bits", as_floats),
                                   (470, "dot", "as integers, in units of u: always the same", as_integers)):
@@ -255,10 +254,11 @@ def sums():
             text(x + 212, 75 + 34 * i, right)
     x = 40
     text(10, 160, "bit", "small soft")
-    for w, kind, bits, what in ((120, "faint", "63", "sign, NaN mark"),
-                                (180, "none", "52", "room for the sum"),
-                                (220, "dot", "39", "what one cluster adds: < 65536"),
-                                (320, "none", "23", "its fraction, in units of 2⁻²⁴ = 6e-8")):
+    for w, kind, bits, what in ((130, "faint", "63", "sign, NaN mark"),
+                                (150, "none", "55", "room for the sum"),
+                                (220, "dot", "46", "what one cluster adds: < 65536"),
+                                (210, "none", "30", "its fraction, in units of 2⁻²²"),
+                                (120, "axpy", "8", "additions so far")):
         box(x, 146, w - 2, 26, kind, what)
         text(x + 2, 186, bits, "small soft")
         x += w
