@@ -1,10 +1,7 @@
 // fused_block.cu: decode steps of Pythia, several of them in one kernel launch.
 //
-// ----------------------------------------------------------------------------------------------------------
-// 0. What it does, what it costs, how to read it
-//
-// A launch makes a token, or several, one after the other, each the argmax after the one before. (For tests
-// it can take x through a range of transformer blocks alone.) A token in PyTorch:
+// 0. What it does, what it costs, how to read it ==========================================================
+// A launch makes a token, or several, each the argmax after the one before. A token in PyTorch:
 //
 //     x = embed_in[token]                                                              #      [C]
 //     for block in blocks:
@@ -24,27 +21,21 @@
 // From here on a transformer block is a layer, and a block is CUDA's: a group of threads.
 //
 // The budget. At batch 1 every weight is used once a token, so a layer takes as long as its bytes at least:
-//
 //     (4*C*C + 2*C*F) weights * 2 bytes           157.3 MB / 4.58 TB/s =   34.3 us a layer
 //     L layers, and V*C*2 bytes of the LM head    5.291 GB / 4.58 TB/s = 1155   us a token
 //     keys and values of T tokens: 4*C*T bytes     1.31 MB / 4.58 TB/s =    0.3 us a layer at T = 128
-//
-// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (the one in results/: 4.65):
-// 34.7 KB a us for one of its 132 multiprocessors. README.md has what a token takes. The aim of all that
-// follows: memory does not wait for arithmetic.
+// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (the one in results/: 4.65): 34.7 KB a
+// us for one of its 132 multiprocessors. The aim of all that follows: memory does not wait for arithmetic.
 //
 // How to read. Chapter 1 is the picture, 2 the syncs, 3 and 4 the sizes and places. Then chapter 8, the
-// kernel; read the stages in chapter 7 as you meet them, and their inner loops in 6. Chapter 5 can be taken
-// on trust; 9 and 10 launch it. emulator.py has the same dataflow in Python; simulator.cpp runs this file on
-// a CPU; README.md has the references.
+// kernel, with the stages (7) and inner loops (6) as you meet them. Take chapter 5 on trust; 9 and 10 launch
+// it. emulator.py is its dataflow in Python; simulator.cpp runs it on a CPU; README.md has times, references.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-// ----------------------------------------------------------------------------------------------------------
-// 1. The picture
-//
+// 1. The picture ==========================================================================================
 // Every matrix is stored as rows of C, so the whole model is two inner loops: dot(row, x) and y += a * row.
 //
 //         .-> LN1 -> S2 q,k,v rows -(1)-> S3 rope -> S5 attend -(2)-> S6 merge -> S7 out rows -.
@@ -57,9 +48,7 @@
 // own: a hidden unit is one row in, one row out, and whoever computes h_j adds all that it gives to y.
 //
 // CUDA's levels, and who owns what, in numbers of 2.8b at T = 128:
-//
 //   grid         all threads of a launch: 66 clusters, with one block on every multiprocessor of the GPU
-//
 //                cluster 0         cluster 1                 cluster 31        clusters 32..65
 //                +------+------+   +------+------+           +------+------+   +------+------+
 //                | rank | rank |   | rank | rank |    ...    | rank | rank |   | rank | rank |   ...
@@ -68,51 +57,41 @@
 //   heads             0                 1                         31               none
 //   hidden units   34     35         35     35                 35     35          117 to 119 each
 //
-//   cluster      K blocks that can write into one another's memory. They share the work of a head; head h
-//                belongs to cluster h mod (number of clusters). K is the smallest of 1, 2, 4 with which a
-//                rank's part of a head is at most a block's even share, else 8 (1b; 70m and smaller):
-//                default_cluster in build.py; model.fuse(cluster=K) takes another
+//   cluster      K blocks that can write into one another's memory and share the work of a head; head h is
+//                done by cluster h mod (number of clusters). K is the smallest of 1, 2, 4 with which a rank's
+//                part of a head is at most a block's even share, else 8: default_cluster in build.py
 //   rank         a block in its cluster: 120 of a head's 3*HS rows of q, k, v; 64 of its cached tokens; 40 of
 //                its HS output rows; hidden units of its own; 1280 of the C columns of the cluster's sum
 //   team         320 threads, C/8 (C/16 where C >= 4096), that hold one row between them; where C is small, a
-//                block has several teams, each with other rows: in 70m 4 teams of 64 threads, tiles of 32
-//                rows
+//                block has several, each with other rows: in 70m 4 of 64 threads, and tiles of 32 rows
 //   warp         32 threads that run in step and can read one another's registers (a shuffle): a tenth of a
 //                row. It adds up its threads' products, and frees what it has read
-//   thread       a lane of its warp. It has the same 8 columns, 16 bytes, of every row, of x and of y, from
-//                the first layer to the last:
-//
+//   thread       a lane of a warp, with the same 8 columns, 16 bytes, of every row, x and y, in every layer:
 //                row of C   | 0..7     | 8..15    | 16..23   | ...                      | 2552..2559 |
 //                           | thread 0 | thread 1 | thread 2 | ...                      | thread 319 |
 //                dot        each multiplies its 8 columns by its 8 of x; the team adds up: (c), once a tile
 //                axpy       each adds a times its 8 columns to its 8 of y, in registers: nobody need meet
+//   producer     one lane of one more warp; the threads of the others are workers. It only starts copies of
+//                weights and cached tokens into the ring: STAGES slots of shared memory, filled and emptied
+//                in turn. Weights do not depend on activations, so it runs ahead, past syncs, layers and
+//                tokens, while a slot is empty, but at an even pace
 //
-//   producer     one lane of one more warp; the threads of the others are workers. It does nothing but start
-//                copies of weights and cached tokens into the ring: STAGES slots of shared memory, filled and
-//                emptied in turn. Weights do not depend on activations, so it runs ahead, past syncs, layers
-//                and tokens, while a slot is empty, but at an even pace
-//
-// Registers are a thread's own, shared memory (227 KiB) a block's; global memory, behind the L2 cache, is
-// everybody's, and has the weights, x and the cache.
-//
-// CUDA's words. A launch runs a `__global__` function once in every thread, which calls `__device__` ones.
-// threadIdx.x is a thread's number in its block, blockIdx.x the block's in the grid, gridDim.x how many there
-// are. A multiprocessor is one of the GPU's cores; here each runs one block. __shfl_xor_sync(~0u, v, w)
-// returns the v of the lane whose number is this lane's xor w, if all 32 lanes call it; __shfl_sync that of a
-// given lane; at __syncwarp() the lanes meet. half is fp16, uint4 any 16 bytes, fmaf(a, b, c) a * b + c. PTX
-// is the GPU's assembly language.
+// CUDA's words. Registers are a thread's own, shared memory (227 KiB) a block's; global memory, behind the L2
+// cache, is everybody's, and has the weights, x and the cache. A multiprocessor is one of the GPU's cores. A
+// launch runs a `__global__` function once in every thread, which calls `__device__` ones. threadIdx.x is a
+// thread's number in its block, blockIdx.x the block's in the grid, gridDim.x how many there are.
+// __shfl_xor_sync(~0u, v, w) returns the v of the lane whose number is this lane's xor w, if all 32 lanes
+// call it; __shfl_sync that of a given lane; at __syncwarp() the lanes meet. half is fp16, uint4 any 16
+// bytes, fmaf(a, b, c) a * b + c. PTX is the GPU's assembly language.
 //
 // Tile and stage. A stage without a number is a slot of the ring; S0 to S10 are the steps of chapter 7. A
-// tile is what one dot_tile finishes, 8 rows of 2.8b: their sums are reduced together, so that the latency of
-// shuffles and of (c) is paid once for 8 rows. It comes in PARTS = 2 stages, filled and freed one by one, so
-// that the first is on its way again while the second is being read.
+// tile is what one dot_tile finishes, 8 rows of 2.8b, for which the latency of shuffles and of (c) is paid
+// once. It comes in PARTS = 2 stages, so that the first is refilled while the second is read.
 //
-// ----------------------------------------------------------------------------------------------------------
-// 2. The syncs: points that some threads pass only when others have reached theirs; the code repeats the ids
-//
+// 2. The syncs: points that some threads pass only when others have reached theirs ========================
 // m, l, o belong to a set of tokens: its largest score; the sum of 2^(score - m); that of 2^(score - m) * v.
 // A push is a store into another block's shared memory that counts its bytes on an mbarrier (below) there. An
-// inbox is an array that pushes go to. Peers are the other blocks of a cluster.
+// inbox is an array that pushes go to. Peers are the other blocks of a cluster. The code repeats the ids.
 //
 //  id   scope    publishes                         to                         without it
 //  (0)  cluster  barriers, plan, RoPE's angles     peers and all threads      a push into a block not there
@@ -140,25 +119,21 @@
 // memory, (a) to (g) barriers of a block's workers or of a team. (1) (2) (3) (F) (E) (h) are mbarriers: words
 // in shared memory that count arrivals and, but for (E) and (h), bytes, so that the data itself releases
 // whoever waits. A phase is a round of an mbarrier: it completes when all that it counts has come, and the
-// next begins. One more, workers_done, orders nothing: it keeps the producer until the workers need no
-// patience (PATIENCE, chapter 5). The end of a launch is a sync too: x, the cache's new rows and State reach
-// the next launch through it.
+// next begins. (One more, workers_done, orders nothing: see PATIENCE.) The end of a launch is a sync too: x,
+// the cache's new rows and State reach the next launch through it.
 //
-// (4) is nothing that a block arrives at. A word of x counts, in its lowest bits, what has been added to it
-// (chapter 6), and is whole when every cluster has added, and its carrier (chapter 4); who finds one that is
-// not reads it again. A counter beside x, as at (5), would have to come after the sums, by a release, which
-// waits until they have arrived: about a microsecond while memory is busy, once a token at (5), but once a
-// layer here.
+// No block arrives at (4). A word of x counts, in its lowest bits, what has been added to it (chapter 6), and
+// is whole when every cluster and its carrier (chapter 4) have added; who finds one that is not reads it
+// again. A counter beside x, as at (5), would have to come after the sums, by a release, which waits until
+// they have arrived: about a microsecond while memory is busy, once a token at (5), but here once a layer.
 //
 // Nobody says that an inbox of (1), (2) or (3) is free again, as (E) does for the ring: the later syncs imply
 // it. Before a peer pushes into an inbox again, it passes a sync at which it waits for the inbox's owner, who
 // sends there only after reading. (At (1), (2) and (3) every rank waits for all.)
-//
 //     inbox of       read in  the owner then sends                            the peer waits for it at
 //     (1) q, k, v    S3       m, l, o of this head, after (d)                 (2)
 //     (2) m, l, o    S6       each team rows of the next head's q, k, v, or y (1), or (3)
 //     (3) parts of y S9       each thread the sums of columns that it read    (4), where all are read
-//
 // (A team that uses (2)'s inbox, for its output rows, has rows of q, k, v too; the others use nothing of what
 // they read. And the next phase of (2) waits for this block's own m, l, o, which come after (d).) Likewise
 // nobody adds to a buffer of x, or clears `best`, before all have read it: he has passed a (4), for which all
@@ -166,15 +141,11 @@
 // without the stages that it copies afterwards. So no phase of an mbarrier completes before all who wait for
 // the one before have seen it, and one bit, the parity, tells which phase it is in.
 //
-// Without any one of these syncs, but (g) after (4), the result changes, or the launch does not end (python
-// test_block.py -k simulated_syncs, on a CPU).
-//
 // No block leaves while pushes fly, its own or a peer's: it leaves after a (4) or (5), before which every
-// block has waited for all of its bytes of (1), (2) and (3).
+// block has waited for all of its bytes of (1), (2) and (3). Without any sync but (g) after (4), the result
+// changes, or the launch does not end (test_block.py -k simulated_syncs, on a CPU).
 
-// ----------------------------------------------------------------------------------------------------------
-// 3. Configuration
-//
+// 3. Configuration ========================================================================================
 // build.py gives -D constants: the shape, and CLUSTER, THREADS, ROWS, SHARED_BYTES, and of chapter 7 PACE
 // (claim) and ATTENTION_BYTES (make_plan). The rest follows. Values for 2.8b are in brackets.
 
@@ -185,7 +156,6 @@ constexpr float LN_EPS = 1e-5f;
 #ifndef MUTANT
 #define MUTANT 0  // chapter 4
 #endif
-
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Threads. A row is dealt out in pieces of 16 bytes, the most that one load from shared memory brings.
@@ -234,11 +204,9 @@ static_assert(OWN % 8 == 0, "a rank owns whole pieces of a row");
 static_assert(HS <= WORKERS, "one thread for each dimension of a head merges the warps' attention");
 static_assert(STAGES >= 2 * PARTS, "two tiles: one being read, one on its way; take fewer ROWS");
 
-// ----------------------------------------------------------------------------------------------------------
-// 4. Memory map
+// 4. Memory map ===========================================================================================
 
 typedef float Columns[COLS];  // registers: a thread's columns of x, y or LN(x), fp32
-
 struct Layer {  // weights, fp16, read only; the matrices are rows of C (see model.py)
   const half *ln1_w, *ln1_b, *ln2_w, *ln2_b;  // [C]
   const half *w_qkv, *b_qkv;                  // [NH][3][HS] rows, and as many biases
@@ -257,8 +225,7 @@ struct State {  // global memory, kept between launches; up to `arrivals` read b
   unsigned long long best[2];  // largest logit so far, with its token, see S10; the other of the two is 0
 };
 
-// Host memory: the report of a launch that gives up; seen: how many sums lack at (4), or blocks at (5); else
-// the parity.
+// Host memory: report of a launch that gives up; seen: sums that lack at (4), blocks at (5), else the parity.
 struct Failure { int sync, block, layer, seen; };
 
 struct Model {  // the kernel's one parameter: pointers only, the same for every launch
@@ -276,15 +243,12 @@ struct Model {  // the kernel's one parameter: pointers only, the same for every
 };
 
 // The residual buffers take turns; only a launch's end clears one, for the next launch to begin with:
-//
 //     layer l       0: x, read                            1: x of layer l - 1, to which all add
 //     layer l + 1   0: x of layer l, to which all add     1: x, read
-//
-// A layer makes x plus the sums of y. So for each word one thread of the grid, its carrier, adds the x that
-// it has read, and subtracts the word that it read in this buffer a layer ago (carry). That may come before
-// the sums or after: only the total counts. The LM head reads x and adds nothing, so layer 0 finds the
-// buffers as any layer does; it carries the embedding. `best` takes turns too: found before (5), read after
-// it, cleared at the next LM head, used at the one after.
+// For each word one thread of the grid, its carrier, adds to the sums of y the x that it has read, and
+// subtracts the word that it read in this buffer a layer ago (carry), before the sums come or after. The LM
+// head adds nothing to x, so layer 0 finds the buffers as any layer does; it carries the embedding. `best`
+// takes turns too: found before (5), read after it, cleared at the next LM head, used at the one after.
 
 // Who does what for a token. Depends on block, grid and position alone: every run divides work alike.
 struct Plan {
@@ -323,11 +287,9 @@ enum SyncId {  // in Failure::sync
 };
 
 // For tests and measurements, all at compile time, so that the product pays nothing:
-//
 //   -DTAPS       stages write what they compute to Model::taps; y keeps its bits
 //   -DTIMELINE   thread 0 of every block writes the time, in ns, at each MARK of a layer
-//   -DMUTANT=k   one thing is broken, and a test must notice: test_block.py lists 1 to 10; 11: block 0 adds
-//                nothing to x
+//   -DMUTANT=k   one thing is broken (1 to 10: test_block.py; 11: block 0 adds nothing to x): tests notice
 #ifdef TAPS  // offsets into Model::taps; a new one needs room in model.py, a name in test_block.py's STAGES
 enum { TAP_XN1 = 0, TAP_XN2 = C, TAP_Q = 2 * C, TAP_K = 3 * C, TAP_V = 4 * C, TAP_O = 5 * C, TAP_H = 6 * C };
 #define TAP(where, value) (m.taps[where] = (value))
@@ -344,15 +306,12 @@ enum Mark { MARK_START, MARK_NORM, MARK_QKV, MARK_1, MARK_ATTEND, MARK_2, MARK_O
 #define MARK(event) ((void)0)
 #endif
 
-// ----------------------------------------------------------------------------------------------------------
-// 5. Toolbox: a function for each PTX instruction that CUDA C++ has no word for. No asm after this chapter.
-//
+// 5. Toolbox: a function for each PTX instruction that CUDA C++ has no word for; no asm after it ==========
 // "memory" forbids the compiler to move other reads and writes across the instruction: without it, data could
 // be read before the wait for it. `volatile` forbids it to drop or merge instructions.
 
 // Shared-memory addresses as the instructions below want them: 32 bits, in this block's window, not 64.
 __device__ uint32_t smem(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-
 // threadIdx.x, read anew. What is computed from threadIdx.x itself the compiler keeps in registers from layer
 // to layer, and the two largest shapes run out of them; what is computed from this, where it is used.
 __device__ int thread_again() {
@@ -365,9 +324,8 @@ __device__ uint32_t peer(const void* place, int rank) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem(place)), "r"(rank));
   return address;
 }
-// Push: a store into a peer's shared memory that also counts its bytes on a barrier there, so that the data
-// announces itself. A load from the peer would cost a round trip; after a plain store, all threads of both
-// blocks would have to meet before anybody may read.
+// Push: a store that counts its bytes on a barrier there. A load from the peer would cost a round trip; after
+// a plain store, all threads of both blocks would have to meet before anybody may read.
 __device__ void push(uint32_t to, float v, uint32_t barrier) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
                :: "r"(to), "r"(__float_as_uint(v)), "r"(barrier) : "memory");
@@ -379,8 +337,7 @@ __device__ void push4(uint32_t to, const float* v, uint32_t barrier) {
          "r"(__float_as_uint(v[3])), "r"(barrier) : "memory");
 }
 
-// A phase of an mbarrier completes when all its arrivals have come and all expected bytes have landed; the
-// next phase starts by itself. A wait names the parity (0, 1, 0, ...) of the phase it is for. Bytes may land
+// An mbarrier, as in chapter 2. A wait names the parity (0, 1, 0, ...) of the phase it is for. Bytes may land
 // before they are expected: the phase stays open until the arrival that expects them.
 __device__ void barrier_init(uint64_t* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(smem(b)), "r"(arrivals) : "memory");
@@ -430,14 +387,12 @@ __device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* 
   "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
       :: "r"(smem(to)), "l"(from), "r"(bytes), "r"(smem(full)), "l"(policy) : "memory");
 }
-
 // What threads have stored so far, and this thread has acquired, is there for its bulk copies too: they are
 // another way to memory (a proxy), which no other sync orders.
 __device__ void order_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-// Global memory that other blocks write during the launch. Relaxed: no order with anything else, but read in
-// L2, where additions are made: what is in a word, its count and its sum, is from the same moment. A plain
-// load may find an earlier layer's x in L1.
+// Global memory that other blocks write. Relaxed: not ordered, but read in L2, where additions are made: a
+// word's count and sum are of one moment. A plain load may find an earlier layer's x in L1.
 __device__ longlong2 load_relaxed(const long long* p) {
   longlong2 v;
   asm volatile("ld.relaxed.gpu.global.v2.s64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p));
@@ -452,8 +407,7 @@ __device__ unsigned long long load_relaxed(const unsigned long long* p) {
 __device__ void add_relaxed(long long* p, long long v) {
   asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" :: "l"(p), "l"(v));
 }
-// Counts one; whoever acquires the count also sees all that this block wrote before. Relaxed, the count could
-// overtake what it stands for.
+// Counts one; whoever acquires the count sees all that this block wrote before. Relaxed, it could come first.
 __device__ void arrive_release(unsigned* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(counter) : "memory");
 }
@@ -487,12 +441,10 @@ __device__ unsigned long long global_ns() {
   unsigned long long t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t;
 }
 
-// Every launch ends: past PATIENCE the first to lose it writes down what it waited for, in host memory that
-// outlives the launch, and the trap ends all blocks, and with them the process's CUDA context. Workers at
-// (F), and those that check x after (g), have no patience to lose: the producer, or the thread that polls,
-// loses it for them.
+// Every launch ends: the first to wait longer than PATIENCE reports for what, in host memory that outlives
+// the launch; its trap ends all blocks, and with them the process's CUDA context. Workers at (F), and those
+// that check x after (g), never give up: the producer, or the thread that polls, does it for them.
 constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
-
 __device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int seen) {
   if (atomicCAS_system(&failure->sync, 0, sync) != 0)
     while (true) __nanosleep(1000);  // another thread is writing its report, and its trap ends us too
@@ -512,17 +464,12 @@ __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t pari
     if (clock64() - start > patience) give_up(m.failure, sync, s.layer, parity);
 }
 
-// ----------------------------------------------------------------------------------------------------------
-// 6. Arithmetic: the two inner loops, and sums that do not depend on order
-//
-// The compiler unrolls loops of fixed length, so that arrays indexed in them stay in registers. `#pragma
-// unroll` stands where it does not do so unasked.
+// 6. Arithmetic: the two inner loops, and sums that do not depend on order ================================
+// Loops of fixed length are unrolled, by `#pragma` if need be, so that their arrays stay in registers.
 
 // 16 bytes of shared memory in one load; the address is a multiple of 16.
 __device__ const uint4& as16(const half* p) { return *reinterpret_cast<const uint4*>(p); }
-
 __device__ float2 widen2(const half* h) { return __half22float2(*reinterpret_cast<const half2*>(h)); }
-
 // 8 fp16 -> 8 fp32. Products and sums are fp32 throughout; only weights, k and v are fp16.
 __device__ void widen(const uint4& w, float* f) {
   const half* h = reinterpret_cast<const half*>(&w);
@@ -556,14 +503,13 @@ __device__ float reduce_rows(float (&v)[R], int lane) {
   return v[0];
 }
 
-// The clusters add to x in whatever order they finish. A floating-point sum rounds at every step, so its last
-// bits would differ from run to run; an integer sum is the same in any order. So x between layers is 64-bit
-// words. The upper 55 bits are fixed point, in units of 2^-22 = 2.4e-7: for values above 2 no coarser than
-// fp32. A part that does not fit (65536 and up, more than fp16 holds; infinities; NaN) adds 2^47 units
-// instead, and the sum reads back as NaN: 254 others, of less than 2^38 each, cannot hide it, and 255 marks,
-// which wrap round 55 bits, end at -2^47, no nearer to 0 than one. The lower 9 bits count additions: 1 each,
-// from 0 in one layer that uses the buffer, from LAP in the next, so that a word of two layers ago is not
-// taken for a new one.
+// The clusters add to x in any order. A floating-point sum rounds at every step, so its last bits would
+// differ from run to run; an integer sum does not depend on order. So x between layers is 64-bit words. The
+// upper 55 bits are fixed point, in units of 2^-22 = 2.4e-7: for values above 2 no coarser than fp32. A part
+// that does not fit (65536 and up, more than fp16 holds; infinities; NaN) adds 2^47 units instead, and the
+// sum reads back as NaN: 254 others, of less than 2^38 each, cannot hide it, and 255 marks, which wrap round
+// 55 bits, end at -2^47, no nearer to 0 than one. The lower 9 bits count additions: from 0 in one layer that
+// uses the buffer, from LAP in the next, so that a word of two layers ago is not taken for a new one.
 constexpr float FIXED_ONE = 4194304.f, FIXED_LIMIT = 65536.f;
 constexpr long long FIXED_NAN = 1ll << 47, FIXED_EDGE = 1ll << 46;
 constexpr int COUNT_BITS = 9, LAP = 256, MOST_CLUSTERS = 254;  // and a carrier: 255 additions
@@ -580,19 +526,15 @@ __device__ unsigned lacking(const longlong2& words, unsigned count) {
   return ((count - (unsigned)words.x) | (count - (unsigned)words.y)) % (1 << COUNT_BITS);
 }
 
-// ----------------------------------------------------------------------------------------------------------
-// 7. The stages
-//
+// 7. The stages ===========================================================================================
 // A card says: math; owner, who computes which part; bytes that a block moves, for which chapter 8 has the
 // numbers of 2.8b and their time; syncs; why it is done like this.
 
 // ---- The division of work --------------------------------------------------------------------------------
-//
 // Balance by bytes: a head costs each block of its cluster 1/K of its rows and cached tokens, and hidden
 // units fill up what the heads leave. Two costs are more than bytes. ATTENTION_BYTES charges a head for its
-// chain of small steps, which move few: 24 KiB in 160m, 0 in 2.8b, where the ring fills up in that time for
-// the rest of the layer (tuned; build.py sets it).
-// A cached token counts KV_WEIGHT / 2 times, because softmax makes it slower to use than to read.
+// chain of small steps, which move few: 24 KiB in 160m, 0 in 2.8b, where the ring fills up meanwhile. A
+// cached token counts KV_WEIGHT / 2 times: softmax makes it slower to use than to read.
 constexpr int KV_WEIGHT = 3;
 static_assert(64ll * (8ll * HS * C + 2ll * KV_WEIGHT * HS * CTX + ATTENTION_BYTES) < 1ll << 31,
               "make_plan counts in 32 bits");
@@ -642,11 +584,9 @@ __device__ half* cache_row(const Model& m, int layer, int kv, int head, int toke
 }
 
 // ---- The producer ----------------------------------------------------------------------------------------
-//
-// The same tiles in the same order as the workers' (chapter 8). A stage carries no name: order alone says
-// what is in it, so a change of order here needs the same change there. A copy brings the rows that exist and
-// no more; the rest of its stage keeps old bytes. It runs on into the next token, whose weights are the same;
-// only cached tokens wait there, once, for (h); not at a launch's first token (is_first).
+// The same tiles in the same order as the workers' (chapter 8), for a stage carries no name: order alone says
+// what is in it. A copy brings the rows that exist; the rest of its stage keeps old bytes. It runs on into
+// the next token; only cached tokens wait there, once, for (h); not at a launch's first token (is_first).
 struct Producer {
   const Model& m;
   Shared& s;
@@ -669,8 +609,7 @@ struct Producer {
   __device__ void copy(void* to, const void* from, uint32_t bytes) {
     bulk_copy(to, from, bytes, &s.full[ring.stage], policy);
   }
-  // A tile's biases come with its first stage, from the multiple of 8 before: a copy starts at a multiple of
-  // 16 bytes.
+  // Biases come with a tile's first stage, from a multiple of 8 on: copies start at multiples of 16 bytes.
   __device__ void rows(const half* w, const half* bias, int first, int last) {
     for (int row = first; row < last; row += TILE_ROWS) {
       const int n = min(TILE_ROWS, last - row), skip = row % 8;
@@ -733,7 +672,6 @@ struct Producer {
 };
 
 // ---- The workers -----------------------------------------------------------------------------------------
-
 struct Norms { uint4 w1[PIECES], b1[PIECES], w2[PIECES], b2[PIECES]; };  // LayerNorms' gains and biases, fp16
 
 struct Worker {  // one thread's view
@@ -749,8 +687,7 @@ struct Worker {  // one thread's view
   const int carried = (gridDim.x - 1 - blockIdx.x) * WORKERS + tid;  // pair of columns; past C / 2: none
   longlong2 own_now, own_next;              // of that pair, the words of x, and those that x_next began with
 
-  // Column of element i of what a thread owns: consecutive threads, consecutive 16 bytes, which shared memory
-  // serves without making any of them wait.
+  // Column of a thread's element i: consecutive threads read consecutive 16 bytes, none waiting for another.
   __device__ int column(int i) const { return (i / 8 * TEAM + piece) * 8 + i % 8; }
   // column(8 * p), worked out anew: see thread_again
   __device__ int column_again(int p) const { return (p * TEAM + thread_again() % TEAM) * 8; }
@@ -820,10 +757,8 @@ struct Worker {  // one thread's view
   //   bytes   8 * C, 20 KB from L2, the same for all blocks     syncs   contains (4), (g); ends with (a)
   //   why     teams that each read all of x would ask L2 for the same few lines that many times over; threads
   //           that all wait for the last addition would ask for them all the time, and slow it down
-  //
-  // One thread of a block waits for a word among the last that are added to. It is of this rank's columns, so
-  // that whichever block does not come, some rank's thread notices. It saves time only: read_residual checks
-  // every word.
+  // One thread of a block waits for a word among the last that are added to, of this rank's columns, so that
+  // whichever block does not come, some rank notices. It only saves time: read_residual checks all.
   __device__ void wait_for_x(const long long* x_now, unsigned count) const {
     if (tid == 0) {
       const long long start = clock64();
@@ -915,9 +850,8 @@ struct Worker {  // one thread's view
     }
   }
 
-  // ClusterGather: every rank gets every rank's values. A finished row goes into the same place of all K
-  // inboxes, our own included; lanes l, l + R, ... hold the same row, so each takes another rank. After (c)
-  // all warps of a team hold the same rows, so the first of them pushes.
+  // ClusterGather: a finished row goes to the same place in all K inboxes, our own included. Lanes l, l + R,
+  // ... hold the same row: each takes another rank. After (c) all warps of a team do, so the first pushes.
   __device__ void cluster_gather(float* place, float value, bool valid, uint64_t* ready) const {
     if (!valid || team_warp > 0) return;
     for (int r = lane % LANES / R; r < K; r += LANES / R) push(peer(place, r), value, peer(ready, r));  // (1)
@@ -1034,8 +968,7 @@ struct Worker {  // one thread's view
     if (tid < HS) push_slice();
   }
 
-  // ClusterReduce of o: thread d merges the warps' o[d] and pushes it to the rank that owns d; m and l go to
-  // every rank. S6 adds up what the ranks have sent.
+  // ClusterReduce of o: thread d merges the warps' o[d] and pushes it to d's owner; m and l go to every rank.
   __device__ void push_slice() const {
     float top = s.part_m[0], l = 0, o = 0;
     for (int w = 1; w < WARPS; w++) top = fmaxf(top, s.part_m[w]);
@@ -1113,8 +1046,7 @@ struct Worker {  // one thread's view
     sums_parity ^= 1;
   }
 
-  // Thread i adds column i, so that a warp's 32 additions are 256 bytes side by side, two requests to L2.
-  // Nobody waits for them to arrive, or says that they have: see (4).
+  // Thread i adds column i: a warp's 32 additions are 256 bytes side by side, two requests to L2.
   __device__ void add_to_residual(long long* x_next) const {
     if (MUTANT == 11 && blockIdx.x == 0) return;
     for (int c = thread_again(); c < OWN; c += WORKERS) {
@@ -1139,8 +1071,7 @@ struct Worker {  // one thread's view
     add_relaxed(x_next + c + 1, to_word(x.y + out.y + down.y) + lap - (unsigned long long)own_next.y);
   }
 
-  // (5) One counter, one arrival a block, one thread a block that polls. The counter only ever grows, so
-  // there is nothing to reset and no phase to mix up; the difference is right even where 32 bits wrap round.
+  // (5) The counter only grows: nothing to reset, no phase to mix up; the difference is right where it wraps.
   __device__ void grid_barrier(unsigned target) const {
     workers_sync();  // (f)
     if (tid == 0) {
@@ -1185,13 +1116,10 @@ struct Worker {  // one thread's view
   }
 };
 
-// ----------------------------------------------------------------------------------------------------------
-// 8. The kernel
-//
-// Layers follow one another; the LM head is layer L, and after it comes layer 0 of the next token.
-//
-// A layer of 2.8b at T = 128, in the steps between the marks of -DTIMELINE; a mark ends its row. What thread
-// 0 of rank 1 of cluster 5 (block 11) does; the KB that its block reads, and the us at 34.7 KB a us; the us
+// 8. The kernel ===========================================================================================
+// Layers follow one another; the LM head is layer L, and after it comes layer 0 of the next token. Below, a
+// layer of 2.8b at T = 128, in the steps between the marks of -DTIMELINE; a mark ends its row. What thread 0
+// of rank 1 of cluster 5 (block 11) does; the KB that its block reads, and the us at 34.7 KB a us; the us
 // that it took on an H200, with marks, the mean of the layers in results/ (`bench.py --timeline`).
 //
 //  mark        thread 0 of block 11                                           KB  share  took  waits for
@@ -1209,9 +1137,8 @@ struct Worker {  // one thread's view
 //  START       (4): being thread 0, polls columns 2558 and 2559 of x                      2.8  other blocks
 //  a layer                                                                  1199   34.5  35.9
 //
-// All blocks together need 34.1 us for their bytes, at the 4.65 TB/s of that GPU. Of the wait at (4), 1.5 us
-// pass until the last block has added, and 1.3 until all know. The producer goes on meanwhile, which is why
-// S2 takes less than its share.
+// All blocks' bytes need 34.1 us at the 4.65 TB/s of that GPU. Of the wait at (4), 1.5 us pass until the last
+// block has added, 1.3 until all know; the producer goes on meanwhile, so S2 takes less than its share.
 
 // tokens: how many to make, fewer where the cache ends; 0: first_layer..last_layer - 1 alone, no LM head.
 // Every thread keeps token, position, turn, arrivals and steps for itself; all have the same.
@@ -1327,12 +1254,9 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
   }
 }
 
-// ----------------------------------------------------------------------------------------------------------
-// 9. Host side
-//
-// Why cooperative: (4) and (5) spin, so a block that cannot start before another ends would hang the grid.
-// Two launches at the same time could each get half of the multiprocessors, and wait for the other half for
-// ever. With the attribute the driver starts all blocks of a launch at once, or refuses.
+// 9. Host side ============================================================================================
+// Why cooperative: at (4) and (5) a block waits for all, so two launches that each got half of the
+// multiprocessors would hang. With the attribute the driver starts all blocks at once, or refuses.
 
 static cudaLaunchConfig_t configure(cudaLaunchAttribute (&attributes)[2], int clusters, void* stream) {
   attributes[0].id = cudaLaunchAttributeClusterDimension; attributes[0].val.clusterDim = {K, 1, 1};
@@ -1345,9 +1269,7 @@ static cudaLaunchConfig_t configure(cudaLaunchAttribute (&attributes)[2], int cl
   return config;
 }
 
-// ----------------------------------------------------------------------------------------------------------
-// 10. Binding: plain C, called through ctypes. Functions return NULL, or what went wrong.
-
+// 10. Binding: plain C, called through ctypes. Functions return NULL, or what went wrong. =================
 #define CHECK(call) do { const cudaError_t e = (call); if (e) return cudaGetErrorString(e); } while (0)
 
 // How many clusters the current device holds at once, each on multiprocessors of one group of the chip (GPC):
@@ -1379,9 +1301,7 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
   return nullptr;
 }
 
-// ----------------------------------------------------------------------------------------------------------
-// 11. Exercises: edits worth trying, with what to expect of a token of 2.8b at T = 128 on an H200
-//
+// 11. Exercises: edits worth trying, with what to expect of a token of 2.8b at T = 128 on an H200 =========
 // 1. K: cluster=1 and cluster=4 (python bench.py --ablate). Expect 1 to take 28 % longer, as a head's rows
 // all fall to one block, and 4 as long as 2, though fewer blocks fit. Which of (1), (2), (3) takes longer?
 // 2. build.py: ROWS 4 and 16 instead of 8. With 4, reductions come twice as often; with 16, the ring is two
@@ -1392,8 +1312,7 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
 // earlier, the others 1.4 us later, and a token to take as long; with 2000 tokens cached, 2 % longer. pace =
 // 2**20, which is none: expect 1 % in 2.8b, 8 % in 1b.
 // 5. wait_for_x: leave it out. The bits stay, as all check what they read; expect a token to take 5 % longer,
-// as all poll. Then leave out the check instead: how often do the bits change, and why do some launches not
-// end (carry)?
+// as all poll. Or leave out the check: how often do the bits change, why do some launches not end (carry)?
 // 6. dot_tile: leave out `flip ^= 1`, so that all tiles share one half of `dots`. Find the interleaving of
-// two warps that goes wrong, then count how often it does: on a GPU, or in the orders of simulator.cpp (-k
+// two warps that goes wrong; count how often: on a GPU, or in the orders of simulator.cpp (-k
 // simulated_block).
