@@ -373,9 +373,13 @@ class Emulator:
         return (self.blocks // self.k.K + 1 + self.lap(self.steps) - x_now) % (1 << self.k.COUNT_BITS)
 
     def carry(self, x, layer, x_next):
-        """S9: what x_next needs beside the clusters' sums, for all C columns at once."""
+        """S9: what x_next needs beside the clusters' sums, for all C columns at once.
+
+        Here it comes first, and in place of the old word; in the kernel sums may come before, so that it
+        subtracts that word.
+        """
         sums = x + self.weight(layer, "b_out") + self.weight(layer, "b_down")
-        x_next += self.to_word(sums) + self.lap(self.steps + 1) - x_next
+        x_next[:] = self.to_word(sums) + self.lap(self.steps + 1)
 
     def x(self):
         return self.from_word(self.residual[self.steps % 2])
@@ -406,7 +410,6 @@ class Emulator:
             self.steps += 1
             for w in self.workers:
                 w.read_residual(x_next)
-        self.residual[(self.steps + 1) % 2] = 0                             # for the next launch
         if lm_head:
             best = 0
             for w in self.workers:

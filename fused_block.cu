@@ -757,6 +757,7 @@ struct Worker {  // one thread's view
   //   bytes   8 * C, 20 KB from L2, the same for all blocks     syncs   contains (4), (g); ends with (a)
   //   why     teams that each read all of x would ask L2 for the same few lines that many times over; threads
   //           that all wait for the last addition would ask for them all the time, and slow it down
+  //
   // One thread of a block waits for a word among the last that are added to, of this rank's columns, so that
   // whichever block does not come, some rank notices. It only saves time: read_residual checks all.
   __device__ void wait_for_x(const long long* x_now, unsigned count) const {

@@ -292,7 +292,10 @@ extern "C" __attribute__((visibility("default"))) int simulate(const void* const
     }
     arrive_some();
   }
-  for (auto& arrive : late) arrive();
-  late.clear(), later.clear(), fibers.clear(), blocks.clear();
+  for (auto* on_their_way : {&late, &later}) {
+    for (auto& arrive : *on_their_way) arrive();
+    on_their_way->clear();
+  }
+  fibers.clear(), blocks.clear();
   return ended == order.size() && !lost;
 }

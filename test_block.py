@@ -975,8 +975,8 @@ def test_full_disk(nvcc, tmp_path):
 
 
 def test_expected_time():
-    """What --explain expects, by two constants for all models, is bench.py's record within 2 %: no two come
-    closer to all eight than 1.9 %."""
+    """What --explain expects, by three constants for all models, is bench.py's record within 2 %. The best
+    three come to 1.9 % of all eight; bytes at 4.58 TB/s, a constant a layer and one a token to 5.1 %."""
     rows, off = json.loads(Path(HERE, "results", "bench-h200.json").read_text())["rows"], {}
     for name in SIZES:
         if us := rows.get(f"step {name} 128 fused", {}).get("us"):
@@ -1185,6 +1185,8 @@ def test_library_without_gpu(nvcc, tmp_path):
         said = launch(None, 66, first, last, tokens, None) or b""
         report("library", f"layers {first} to {last}, {tokens} tokens: not refused",
                b"no such range of layers" not in said)
+    said = launch(None, 1, 0, 32, 1, None) or b""  # two blocks of 320 threads, but 1280 pairs of columns
+    report("library", "a grid that cannot carry x: not refused", b"too few blocks" not in said)
 
 
 def test_constants_refused():
