@@ -2,9 +2,7 @@
 
     python bench.py --models 2.8b 160m --contexts 128 2000    measure on this machine's GPU, print the table
     python bench.py --models 160m --baselines graph compile   only these baselines; results are merged
-    python bench.py --ablate                                  one thing about the kernel changed at a time
-    python bench.py --timeline --models 2.8b                  where a layer's microseconds go, block by block
-    python bench.py --counters --models 2.8b                  what the GPU's counters say of it; needs ncu
+    python bench.py --models 2.8b --timeline                  or --ablate, or --counters, which needs ncu
     python bench.py --report                                  README and plots from results/; needs no GPU
 
 A step is the user's whole token: embedding, all blocks, final LayerNorm, LM head, greedy argmax; float16,
@@ -94,8 +92,7 @@ def token_bytes(config, cached):
 # ---- one measurement -----------------------------------------------------------------------------------
 
 def sample(step, reset=lambda: None, tokens=1):
-    """Microseconds a token, SAMPLES means of STEPS tokens; `step` makes `tokens`. `reset` runs before each
-    sample and is not timed.
+    """Microseconds a token, SAMPLES means of STEPS tokens; `step` makes `tokens`. `reset` is not timed.
 
     The host waits only at the end, so it runs ahead of the GPU wherever the GPU is the slower one.
     """
@@ -118,8 +115,9 @@ def read_bandwidth(arch):
         source.write_text(PROBE)
         subprocess.run([nvcc(), *flags({}, arch), "-shared", "-Xcompiler", "-fPIC", "-o", library, source],
                        check=True, capture_output=True)
-        probe = ctypes.CDLL(str(library)).probe
-    gpu, pointer = torch.cuda.get_device_properties(0), ctypes.c_void_p
+        probe, pointer = ctypes.CDLL(str(library)).probe, ctypes.c_void_p
+    probe.argtypes = pointer, ctypes.c_size_t, pointer, ctypes.c_int, pointer
+    gpu = torch.cuda.get_device_properties(0)
     size = min(8 << 30, torch.cuda.mem_get_info()[0] // 2)                      # far more than L2 holds
     data = torch.empty(size // 4, dtype=torch.int32, device="cuda").random_()   # zeros could be read faster
     sink, bandwidths = torch.zeros(1, dtype=torch.int32, device="cuda"), []
@@ -127,9 +125,8 @@ def read_bandwidth(arch):
         n = size // 16 // (blocks * 512 * 8) * (blocks * 512 * 8)               # no pass of the loop is cut
 
         def read(blocks=blocks, n=n):
-            error = probe(pointer(data.data_ptr()), ctypes.c_size_t(n), pointer(sink.data_ptr()), blocks,
-                          pointer(torch.cuda.current_stream().cuda_stream))
-            if error:
+            if error := probe(data.data_ptr(), n, sink.data_ptr(), blocks,
+                              torch.cuda.current_stream().cuda_stream):
                 raise Refused(f"the GPU cannot be read (CUDA error {error}): end what else uses it")
         bandwidths.append(n * 16 / median(sample(read)) * 1e6)
     for _ in range(500):                                                        # load for about a second
@@ -162,15 +159,11 @@ class Case:
         self.model.body(self.tokens[:, :self.context], self.cache, 0)
         self.cache[..., self.context:, :] = torch.nan
 
-    def error(self, logits):
-        """|logits - exact| / |exact|, Euclidean."""
-        return float((logits.double().flatten() - self.exact).norm() / self.exact.norm())
-
-    def check(self, logits, times=1):
-        """The error of `logits`; Refused where it exceeds `times` that of the float16 reference."""
-        error = self.error(logits)
-        if not error <= times * self.limit:
-            raise Refused(f"wrong, so not timed: error {error:.2e}, limit {times * self.limit:.2e}")
+    def error(self, logits, limit=float("inf")):
+        """|logits - exact| / |exact|, Euclidean; Refused where it exceeds `limit`."""
+        error = float((logits.double().flatten() - self.exact).norm() / self.exact.norm())
+        if not error <= limit:
+            raise Refused(f"wrong, so not timed: error {error:.2e}, limit {limit:.2e}")
         return error
 
 
@@ -191,20 +184,19 @@ def time_fused(case, fused, step=None, tokens=Fused.TOKENS):
     case.fill()
     fused.start(case.token, case.context)
     fused.step()
-    error = case.check(fused.logits)
+    error = case.error(fused.logits, case.limit)
     if fused.history[case.context] != fused.logits.argmax():
         raise Refused("wrong, so not timed: the token is not the argmax of the logits")
 
-    def restart():
-        fused.start(case.token, case.start)
-    texts = []
-    for function, times in ((fused.step, STEPS), (step, STEPS // tokens)):
+    restart = functools.partial(fused.start, case.token, case.start)
+
+    def text(function, times):
         restart()
         fused.history.fill_(-1)
         for _ in range(times):
             function()
-        texts.append(fused.history[case.start:case.start + STEPS].tolist())
-    if texts[0] != texts[1]:
+        return fused.history[case.start:case.start + STEPS].tolist()
+    if text(fused.step, STEPS) != text(step, STEPS // tokens):
         raise Refused("wrong, so not timed: tokens unlike those of launches of one token")
     note = ", ".join(f"{name} {fused.defines[name]}" for name in ("CLUSTER", "THREADS", "ROWS"))
     return {"us": sample(step, restart, tokens), "error": error, "note": note}
@@ -221,20 +213,20 @@ def time_eager(case):
     return {"us": us, "error": case.limit}
 
 
-def plain_step(case, own_layout=False, bias_apart=False, two_streams=False, static=0, written_out=False):
+def plain_step(case, own_layout=False, bias_apart=False, two_streams=False, static=False, written_out=False):
     """The decode step as PyTorch operators of fixed shapes, in two functions: step() -> (logits [1, V], token
     [1]), and reset(at), which makes the case's token at position `at` the next.
 
     `own_layout` copies w_out and w_down into nn.Linear's layout, [outputs, inputs]; `bias_apart` adds biases
-    after the product; `two_streams` computes the MLP beside the attention. With `static` positions in the
-    cache, the later ones masked, the step takes up its own token and advances; `written_out`: its attention
-    is products and sums.
+    after the product; `two_streams` computes the MLP beside the attention. If `static`, a multiple of 256
+    positions is attended to, the later ones masked, and the step takes up its own token and advances;
+    `written_out`: its attention is products and sums.
     """
     case.fill()
     model, c, pos, token = case.model, case.model.config, case.context, case.token.flatten().clone()
     C, NH, HS, R = c.hidden, c.n_head, c.head_size, c.rotary_dims
-    where, end = torch.tensor([pos], device=token.device), static or pos + 1
-    positions = torch.arange(end, device=token.device)
+    end = -(-(pos + 1) // 256) * 256 if static else pos + 1
+    where, positions = torch.tensor([pos], device=token.device), torch.arange(end, device=token.device)
     # RoPE for q, k and v alike, x * cos + x[partner] * sin, with cos 1 and sin 0 where nothing turns
     partner = torch.arange(HS, device=token.device)
     partner[:R] = partner[:R].roll(R // 2)
@@ -256,7 +248,7 @@ def plain_step(case, own_layout=False, bias_apart=False, two_streams=False, stat
         kv.index_copy_(3, where, qkv[:, 1:].transpose(0, 1).reshape(2, 1, NH, 1, HS))
         q, mask = qkv[:, 0].reshape(1, NH, 1, HS), (positions <= where)[None, None, None] if static else None
         if written_out:
-            scores = (q.float() * kv[0]).sum(-1) / HS**0.5                        # [1, NH, static]
+            scores = (q.float() * kv[0]).sum(-1) / HS**0.5                        # [1, NH, end]
             p = scores.masked_fill(~mask[:, 0], -torch.inf).softmax(-1)
             o = (p[..., None] * kv[1]).sum(2).to(x.dtype)
         else:
@@ -292,8 +284,11 @@ def plain_step(case, own_layout=False, bias_apart=False, two_streams=False, stat
     return step, reset
 
 
-def time_captured(case, step, reset):
-    """Times replays of a CUDA graph of `step`; both are of plain_step."""
+def time_captured(case, mode=None, **setting):
+    """Times replays of a CUDA graph of plain_step with this setting, compiled if a `mode` is given."""
+    step, reset = plain_step(case, **setting)
+    if mode:
+        step = torch.compile(step, mode=mode, fullgraph=True, dynamic=False)
     started = time.perf_counter()
     for _ in range(3):                                                            # compiles, tunes, allocates
         reset(case.context)
@@ -304,73 +299,37 @@ def time_captured(case, step, reset):
         logits, _ = step()
     reset(case.context)
     graph.replay()
-    error = case.check(logits, times=2)
+    error = case.error(logits, 2 * case.limit)
     return {"us": sample(graph.replay, lambda: reset(case.start)), "error": error, "warm_up_s": seconds}
 
 
-def time_graph(case):
-    def captured(**setting):
-        return time_captured(case, *plain_step(case, **setting))
-    return best_of({"one stream": captured, "two streams": functools.partial(captured, two_streams=True),
-                    "one stream, [out, in]": functools.partial(captured, own_layout=True),
-                    "two streams, [out, in]": functools.partial(captured, own_layout=True, two_streams=True)})
-
-
-def time_compile(case, **setting):
-    def compiled(mode, **setting):
-        step, reset = plain_step(case, own_layout=True, **setting)
-        return time_captured(case, torch.compile(step, mode=mode, fullgraph=True, dynamic=False), reset)
-    tuned = functools.partial(compiled, "max-autotune-no-cudagraphs", bias_apart=True, **setting)
-    settings = {"default mode": functools.partial(compiled, "default", **setting), "max-autotune": tuned}
-    if setting:
-        settings["max-autotune, attention written out"] = functools.partial(tuned, written_out=True)
-    return best_of(settings)
-
-
-def time_compile_static(case):
-    return time_compile(case, static=-(-(case.context + 1) // 256) * 256)
-
-
-def sentence(error):
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    text = " ".join(str(error).split())[:200]
-    return text if isinstance(error, Refused) else f"{type(error).__name__}: {text}"
-
-
-def attempt(function):
-    """What `function()` returns (a dict), or {"failed": sentence}: one failure must not cost the other rows.
+def attempt(function, *args, **kwargs):
+    """What `function` returns (a dict), or {"failed": sentence}: one failure must not cost the other rows.
 
     Then drops compiled code, graphs and cached memory, so that the next measurement finds the GPU empty.
     """
     try:
-        result = function()
+        result = function(*args, **kwargs)
+    except torch.OutOfMemoryError:
+        result = {"failed": "out of memory"}
     except Exception as error:  # noqa: BLE001 (libraries raise nearly every type there is)
-        result = {"failed": sentence(error)}
+        text = " ".join(str(error).split())[:200]
+        result = {"failed": text if isinstance(error, Refused) else f"{type(error).__name__}: {text}"}
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
     return result
 
 
-def best_of(settings):
-    """The fastest result of {name: function}; its note says which, and how others failed."""
-    results = {name: attempt(function) for name, function in settings.items()}
+def best_of(case, settings):
+    """The fastest result of {name: setting}; its note says which, and how others failed."""
+    results = {name: attempt(time_captured, case, **setting) for name, setting in settings.items()}
     medians = {name: median(result["us"]) for name, result in results.items() if "us" in result}
     failures = [f"{name}: {result['failed']}" for name, result in results.items() if "us" not in result]
     if not medians:
         raise Refused("; ".join(failures))
     best = min(medians, key=medians.get)
     return results[best] | {"note": "; ".join([best, *failures]), "settings_us": medians}
-
-
-def transformers_model(config, device="cuda", dtype=torch.float16):
-    """A GPTNeoXForCausalLM of the same shape with transformers' own random weights, whose text never ends."""
-    from transformers import AutoModelForCausalLM
-    with torch.device(device):
-        hf = AutoModelForCausalLM.from_config(config.to_transformers(), dtype=dtype).eval()
-    hf.generation_config.eos_token_id = None
-    return hf
 
 
 def greedy(hf, prompt, new, **kwargs):
@@ -382,11 +341,10 @@ def greedy(hf, prompt, new, **kwargs):
 def time_generate(case, **kwargs):
     """Microseconds of each new token of generate(), in calls that make NEW of them around `case.context`."""
     first = max(1, min(case.context - NEW // 2, case.model.config.context - NEW))
-    us = []
+    us, times = [], []                                            # times: the prompt's, then each token's
+    streamer = SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
     for i in range(5):
-        times = []                                                # the prompt's, then each token's
-        streamer = SimpleNamespace(put=lambda _, times=times: times.append(time.perf_counter()),
-                                   end=lambda: None)
+        times.clear()
         greedy(case.hf(), case.tokens[:, :first], NEW, streamer=streamer, **kwargs)
         if i > 0:                                                 # the first call warms up, or compiles
             us += (np.diff(times[1:]) * 1e6).tolist()
@@ -405,12 +363,23 @@ def time_first(generate):
     return {"us": us[3:]}
 
 
-BASELINES = {"eager": time_eager, "graph": time_graph, "compile": time_compile,
-             "compile-static": time_compile_static, "transformers": time_generate,
+TUNED = {"mode": "max-autotune-no-cudagraphs", "own_layout": True, "bias_apart": True}
+DEFAULT = {"mode": "default", "own_layout": True}
+CAPTURED = {  # what best_of tries for each of these baselines
+    "graph": {"one stream": {}, "two streams": {"two_streams": True},
+              "one stream, [out, in]": {"own_layout": True},
+              "two streams, [out, in]": {"own_layout": True, "two_streams": True}},
+    "compile": {"default mode": DEFAULT, "max-autotune": TUNED},
+    "compile-static": {"default mode": DEFAULT | {"static": True}, "max-autotune": TUNED | {"static": True},
+                       "max-autotune, attention written out": TUNED | {"static": True, "written_out": True}}}
+BASELINES = {"eager": time_eager,
+             **{name: functools.partial(best_of, settings=settings) for name, settings in CAPTURED.items()},
+             "transformers": time_generate,
              "transformers-static": functools.partial(time_generate, cache_implementation="static")}
 ABLATIONS = {"as shipped": {}, **{f"clusters of {k}": {"cluster": k} for k in (1, 2, 4, 8)},
              **{f"{n} threads at least": {"threads": n} for n in (128, 256, 384, 512)},
              **{f"{n} rows a team and tile": {"rows": n} for n in (2, 4, 8)}, "no pace": {"pace": 2**20}}
+LAUNCHES = {"no graph": {"graph": False}, "one launch a token": {"tokens": 1}}  # of the kernel as shipped
 
 COUNTED = 64  # tokens, around the context that is asked for
 COUNTERS = {  # Nsight Compute's names, on Hopper
@@ -418,9 +387,11 @@ COUNTERS = {  # Nsight Compute's names, on Hopper
     "busy": "dram__cycles_active.avg.pct_of_peak_sustained_elapsed",
     "issued": "sm__inst_executed.avg.per_cycle_elapsed"}
 
-PHASES = ("S0 x, S1 LayerNorm", "S2 q, k, v rows", "S8 units, wait for (1)", "S3-S5 rope, append, attend",
-          "S8 units, wait for (2)", "S6, S7 out rows", "S8 units", "S9 sum, wait for (3)", "S9 add to x",
-          "wait for (4)")  # what ends at the kernel's marks 1.. and at the next layer's first mark
+PHASES = {  # what ends at the kernel's marks 1.. and at the next layer's first mark, and its colour
+    "S0 x, S1 LayerNorm": "#808080", "S2 q, k, v rows": "#0072B2", "S8 units, wait for (1)": "#56B4E9",
+    "S3-S5 rope, append, attend": "#D55E00", "S8 units, wait for (2)": "#56B4E9",
+    "S6, S7 out rows": "#E69F00", "S8 units": "#009E73", "S9 sum, wait for (3)": "#CC79A7",
+    "S9 add to x": "#F0E442", "wait for (4)": "#80808040"}
 
 
 # ---- runs ----------------------------------------------------------------------------------------------
@@ -433,22 +404,21 @@ class Results:
         self.data = json.loads(path.read_text()) if path.exists() else {"gpu": gpu, "runs": {}, "rows": {}}
         self.data["runs"][run["date"]] = run
 
-    def floor_us(self, model, context):
-        return token_bytes(Config.from_name(model), context) / self.run["read_bytes_a_second"] * 1e6
-
-    def add(self, kind, model, context, what, function):
-        """Makes a row of what `function()` returns, or of why it failed; prints it and writes the file."""
-        row = {"kind": kind, "model": model, "context": context, "run": self.run["date"]} | attempt(function)
+    def add(self, kind, model, context, what, function, *args, **kwargs):
+        """Makes a row of what `function` returns, or of why it failed; prints it and writes the file."""
+        row = {"kind": kind, "model": model, "context": context, "run": self.run["date"]}
+        row |= attempt(function, *args, **kwargs)
         self.wrong |= row.get("failed", "").startswith("wrong")
         if kind in ("step", "ablation"):
             if what in ("fused", "as shipped") and "us" in row:
                 self.fused[model, context] = median(row["us"])
-            row |= {"floor_us": self.floor_us(model, context), "fused_us": self.fused.get((model, context))}
+            needed = token_bytes(Config.from_name(model), context)
+            row |= {"floor_us": needed / self.run["read_bytes_a_second"] * 1e6,
+                    "fused_us": self.fused.get((model, context))}
         key = f"{kind} {model} {context} {what}"
         self.data["rows"][key] = row
         used = {row["run"] for row in self.data["rows"].values()}
         self.data["runs"] = {date: run for date, run in self.data["runs"].items() if date in used}
-        self.path.parent.mkdir(exist_ok=True)
         whole = self.path.with_suffix(".new")                     # a run that is killed leaves the old file
         whole.write_text(json.dumps(self.data).replace(': {"kind"', ':\n{"kind"') + "\n")
         whole.replace(self.path)
@@ -474,11 +444,8 @@ def measure(args):
         os.environ["TORCH_EXTENSIONS_DIR"] = folder               # so that no kernel is found already built
         build_all(args, results, arch)
         for name in tqdm(args.models, desc="measuring", unit="model"):
-            what = (timeline if args.timeline else ablate if args.ablate else
-                    counters if args.counters else compare)
-            outcome = attempt(lambda name=name, what=what: what(name, args, results))
-            if outcome:                                           # too large for this GPU, for one
-                results.add("step", name, args.contexts[0], "fused", lambda outcome=outcome: outcome)
+            if failed := attempt(args.mode, name, args, results):  # too large for this GPU, for one
+                results.add("step", name, args.contexts[0], "fused", dict, failed)
     print(tables(results.data))
     return int(results.wrong)
 
@@ -486,20 +453,18 @@ def measure(args):
 def build_all(args, results, arch):
     """Compiles every kernel of this run, side by side; the seconds that each took are rows."""
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    tunings = ABLATIONS.values() if args.ablate else [{"extra": {"TIMELINE": 1}}] if args.timeline else [{}]
+    tunings = {ablate: ABLATIONS.values(), timeline: [{"extra": {"TIMELINE": 1}}]}.get(args.mode, [{}])
     jobs = [(name, tuning) for name in args.models for tuning in tunings]
 
-    def build(job):
+    def build(name, tuning):
         started = time.perf_counter()
-        try:
-            load(constants(Config.from_name(job[0]), arch, sms=sms, **job[1]), arch)
-        except Refused as refusal:
-            return {"failed": str(refusal)}
+        load(constants(Config.from_name(name), arch, sms=sms, **tuning), arch)
         return {"seconds": time.perf_counter() - started, "at_once": len(jobs)}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (name, tuning), row in zip(jobs, pool.map(build, jobs)):
-            if not tuning and not args.counters:
-                results.add("build", name, 0, "build", lambda row=row: row)
+        builds = [pool.submit(build, *job) for job in jobs]
+        for (name, tuning), built in zip(jobs, builds):
+            if not tuning and args.mode is not counters:
+                results.add("build", name, 0, "build", built.result)
 
 
 def compare(name, args, results):
@@ -520,21 +485,27 @@ def compare(name, args, results):
         torch.cuda.synchronize()
         return {"of_needed": (torch.cuda.max_memory_allocated() - before) / needed, "needed_bytes": needed}
     results.add("memory", name, 0, "memory", memory)
-    hf = functools.cache(lambda: transformers_model(config))      # made by the baseline that needs it first
+
+    @functools.cache  # made by the baseline that needs it first
+    def hf():
+        from transformers import AutoModelForCausalLM
+        with torch.device("cuda"):
+            made = AutoModelForCausalLM.from_config(config.to_transformers(), dtype=torch.float16).eval()
+        made.generation_config.eos_token_id = None                # its text never ends
+        return made
+
     for context in args.contexts:
         case = Case(model, cache, context, hf)
-        tqdm.write(f"step {name} {context} floor: {number(results.floor_us(name, context))}, error of the "
-                   f"float16 reference, the limit of fused: {case.limit:.2e}")
+        tqdm.write(f"step {name} {context} limit of fused, the float16 reference's error: {case.limit:.2e}")
         if fused:
-            results.add("step", name, context, "fused", functools.partial(time_fused, case, fused))
+            results.add("step", name, context, "fused", time_fused, case, fused)
         for what in args.baselines:
-            results.add("step", name, context, what, functools.partial(BASELINES[what], case))
+            results.add("step", name, context, what, BASELINES[what], case)
     if "transformers" in args.baselines:
         prompt = torch.randint(1, config.vocab, (1, PROMPT), device="cuda")
-        results.add("first", name, PROMPT, "fused",
-                    lambda: time_first(lambda: list(model.generate(prompt[0], 2, fused=True))))
-        results.add("first", name, PROMPT, "transformers",
-                    lambda: time_first(lambda: greedy(hf(), prompt, 2)))
+        results.add("first", name, PROMPT, "fused", time_first,
+                    lambda: list(model.generate(prompt[0], 2, fused=True)))
+        results.add("first", name, PROMPT, "transformers", time_first, lambda: greedy(hf(), prompt, 2))
 
 
 def ablate(name, args, results):
@@ -551,9 +522,8 @@ def ablate(name, args, results):
             for i in range(L):
                 fused.launch(i, i + 1, tokens=int(i == L - 1))
         return time_fused(case, fused, graph.replay, tokens=1)
-    launches = {"no graph": {"graph": False}, "one launch a token": {"tokens": 1}}
-    for what, tuning in (ABLATIONS | launches).items():
-        results.add("ablation", name, case.context, what, functools.partial(variant, **tuning))
+    for what, tuning in (ABLATIONS | LAUNCHES).items():
+        results.add("ablation", name, case.context, what, variant, **tuning)
     results.add("ablation", name, case.context, "one launch a block", launch_a_block)
 
 
@@ -572,23 +542,21 @@ def timeline(name, args, results):
         first = marks[:, :, 0].amin(0)                                          # [layers]
         return (marks - first[:, None]).mean(1), (first[-1] - first[0]) / (L - 2)
     runs = [step() for _ in range(WARM_UP + SAMPLES)][WARM_UP:]
-    marks = torch.stack([marks for marks, _ in runs]).mean(0)
+    marks, layer_us = (torch.stack(values).mean(0) for values in zip(*runs))
     with_head = min(blocks, model.config.n_head * fused.defines["CLUSTER"])
     marks[with_head:, 2:7] = marks[with_head:, 1:2]                             # stages these do not have
-    layer_us = float(torch.stack([us for _, us in runs]).mean())
-    results.add("timeline", name, case.context, "layer", lambda: {
-        "marks_us": marks.tolist(), "layer_us": layer_us, "with_head": with_head})
+    results.add("timeline", name, case.context, "layer", dict, marks_us=marks.tolist(),
+                layer_us=float(layer_us), with_head=with_head)
 
 
 def counted_run(name, context):
     """What ncu counts: one launch of COUNTED tokens, the second of its kind."""
     model = Pythia.random(name, dtype=torch.float16, device="cuda")
     fused, cudart = model.fuse(), torch.cuda.cudart()
-    for count in (False, True):
+    for begin in (lambda: None, cudart.cudaProfilerStart):
         fused.start(0, context - COUNTED // 2)
         torch.cuda.synchronize()
-        if count:
-            cudart.cudaProfilerStart()
+        begin()
         fused.launch(0, model.config.n_layer, COUNTED)
         torch.cuda.synchronize()
     cudart.cudaProfilerStop()
@@ -613,9 +581,9 @@ def counters(name, args, results):
 
 
 def read_counters(text, errors=""):
-    """{name in COUNTERS: number a token, or share} from ncu's CSV (a header, units, values) in `text`.
+    """A row of what COUNTERS name, a token's numbers and shares, from ncu's CSV (a header, units, values).
 
-    Raises Refused where that is not there, with what `text` and `errors` say of an error.
+    Raises Refused where that is not in `text`, with what `text` and `errors` say of an error.
     """
     lines = list(csv.reader(line for line in text.splitlines() if line.startswith('"')))
     cells = dict(zip(lines[0], lines[2])) if len(lines) == 3 else {}
@@ -623,9 +591,9 @@ def read_counters(text, errors=""):
     if not all(re.fullmatch(r"[0-9.]+(e[+-]?[0-9]+)?", number) for number in numbers):
         said = [line.strip() for line in (errors + text).splitlines() if "error" in line.lower()]
         raise Refused(f"ncu counted nothing: {' '.join(said[:2]) or 'it printed no table of numbers'}")
-    values = dict(zip(COUNTERS.values(), map(float, numbers)))
-    return {"token_us": values[COUNTERS["time"]] / 1e3 / COUNTED, "read": values[COUNTERS["read"]] / COUNTED,
-            "busy": values[COUNTERS["busy"]] / 100, "issued": values[COUNTERS["issued"]]}
+    values = dict(zip(COUNTERS, map(float, numbers)))
+    return {"token_us": values["time"] / 1e3 / COUNTED, "read": values["read"] / COUNTED,
+            "busy": values["busy"] / 100, "issued": values["issued"]}
 
 
 # ---- report --------------------------------------------------------------------------------------------
@@ -633,9 +601,9 @@ def read_counters(text, errors=""):
 def report():
     """Every results/bench-*.json as tables on standard output and in README.md, and as plots in assets/."""
     paths = sorted((HERE / "results").glob("bench-*.json"), key=lambda path: path.stem)
-    files = {path.stem: json.loads(path.read_text()) for path in paths}
-    if not files:
+    if not paths:
         raise Refused("results/ holds no bench-*.json: run bench.py on a GPU first")
+    files = {path.stem: json.loads(path.read_text()) for path in paths}
     text = "\n\n".join(tables(data, plots(name, data)) for name, data in files.items())
     print(text)
     readme, begin, end = HERE / "README.md", "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -652,23 +620,16 @@ def number(us):
 def cell(row, spread=False, ratio=False, note=False):
     """A row in words: its median in microseconds, or what else it is about."""
     if "us" not in row:
-        return row.get("failed") or (f"{row['seconds']:.1f} s" if "seconds" in row else
-                                     f"{row['of_needed']:.3f}" if "of_needed" in row else
-                                     f"{row['layer_us']:.2f} us" if "layer_us" in row else "")
+        formats = {"failed": "{}", "seconds": "{:.1f} s", "of_needed": "{:.3f}", "layer_us": "{:.2f} us"}
+        return next((text.format(row[key]) for key, text in formats.items() if key in row), "")
     p10, p50, p90 = np.percentile(row["us"], (10, 50, 90))
     return number(p50) + (f" ({number(p10)} to {number(p90)})" if spread else "") + (
         f" ({p50 / row['fused_us']:.3g})" if ratio and row.get("fused_us") else "") + (
         f" ({row['note']})" if note and "note" in row else "")
 
 
-def counted_cells(row):
-    return [row["failed"]] + 4 * [""] if "failed" in row else [
-        number(row["token_us"]), f"{row['needed'] / 1e6:.1f} MB", f"{row['read'] / 1e6:.1f} MB",
-        f"{row['busy']:.1%}", f"{row['issued']:.2f}"]
-
-
 def tables(data, images=()):
-    """Markdown: steps; time to first token, memory and build; ablations; what was run; images."""
+    """Markdown: steps; time to the second token, memory, build; ablations; counters; runs; images."""
     rows, out = data["rows"], []
 
     def get(*key):
@@ -679,38 +640,38 @@ def tables(data, images=()):
                       key=lambda place: (list(SIZES).index(place[0]), place[1]))
 
     def table(header, body):
-        if body:
-            filled = [i for i in range(len(header)) if any(cells[i] for cells in body)]
-            header, *body = ([cells[i] for i in filled] for cells in (header, *body))
-            out.extend("| " + " | ".join(text.replace("|", r"\|") for text in cells) + " |"
-                       for cells in (header, ["---"] * len(header), *body))
+        filled = [i for i in range(len(header)) if any(cells[i] for cells in body)]
+        if len(filled) > 1:
+            for cells in (header, len(header) * ["---"], *body):
+                out.append("| " + " | ".join(cells[i].replace("|", r"\|") for i in filled) + " |")
             out.append("")
-    used = [what for what in BASELINES if any(get("step", *place, what) for place in places("step"))]
-    steps, models = [], []
-    for place in places("step"):
-        fused = get("step", *place, "fused")
-        floor, share = "", ""
-        if "us" in fused:
-            floor, share = number(fused["floor_us"]), f"{fused['floor_us'] / median(fused['us']):.0%}"
-        steps.append([place[0], str(place[1]), floor, cell(fused, spread=True), share,
-                      *(cell(get("step", *place, what), ratio=True) for what in used)])
-    for model, _ in places("memory"):
-        keys = (("first", PROMPT, "fused"), ("first", PROMPT, "transformers"), ("memory", 0, "memory"),
-                ("build", 0, "build"))
-        models.append([model, *(cell(get(kind, model, context, what)) for kind, context, what in keys)])
+
+    steps, counted = [], []
+    for model, context in places("step"):
+        fused = get("step", model, context, "fused")
+        floor = number(fused["floor_us"]) if "us" in fused else ""
+        share = f"{fused['floor_us'] / median(fused['us']):.0%}" if "us" in fused else ""
+        steps.append([model, str(context), floor, cell(fused, spread=True), share,
+                      *(cell(get("step", model, context, what), ratio=True) for what in BASELINES)])
+    for model, context in places("counters"):
+        row = get("counters", model, context, "ncu")
+        cells = [row["failed"], "", "", "", ""] if "failed" in row else [
+            number(row["token_us"]), f"{row['needed'] / 1e6:.1f} MB", f"{row['read'] / 1e6:.1f} MB",
+            f"{row['busy']:.1%}", f"{row['issued']:.2f}"]
+        counted.append([f"{model}, {context} cached", *cells])
+    models = [[model, *(cell(get(kind, model, context, what)) for kind, context, what in (
+        ("first", PROMPT, "fused"), ("first", PROMPT, "transformers"), ("memory", 0, "memory"),
+        ("build", 0, "build")))] for model, _ in places("memory")]
+    ablated = places("ablation")
     table(["us a token", "cached", "floor", "fused (p10 to p90)", "floor / fused",
-           *(f"{what} (times fused)" for what in used)], steps)
+           *(f"{what} (times fused)" for what in BASELINES)], steps)
     table(["model", f"{PROMPT} tokens in, 2 out: fused, us", "transformers, us",
            "peak memory / (weights + cache)", "build"], models)
-    ablated = places("ablation")
-    table(["us a token", *(f"{model}, {context} cached" for model, context in ablated)], ablated and [
-        [what, *(cell(get("ablation", *place, what), spread=True, note=what == "as shipped")
-                 for place in ablated)]
-        for what in (*ABLATIONS, "no graph", "one launch a token", "one launch a block")])
+    table(["us a token", *(f"{model}, {context} cached" for model, context in ablated)],
+          [[what, *(cell(get("ablation", *place, what), spread=True, note=what == "as shipped")
+                    for place in ablated)] for what in (*ABLATIONS, *LAUNCHES, "one launch a block")])
     table(["counted by ncu, a token", "us", "bytes that it must read", "bytes read from memory",
-           "memory busy", "instructions a cycle and multiprocessor, of 4"], [
-        [f"{model}, {context} cached", *cells] for model, context in places("counters")
-        if (cells := counted_cells(get("counters", model, context, "ncu")))])
+           "memory busy", "instructions a cycle and multiprocessor, of 4"], counted)
     for date, run in sorted(data["runs"].items()):
         changed = "" if run["kernel"] == kernel_hash() else " (fused_block.cu has changed since)"
         facts = (f"{key} {run[key]}" for key in ("clocks.sm", "driver_version", "torch", "transformers")
@@ -721,80 +682,79 @@ def tables(data, images=()):
 
 
 def plots(name, data):
-    """Draws ms a token against model size and against tokens cached, in assets/; [(what, path)].
+    """Draws layers' timelines, ms a token by model size and by tokens cached, in assets/; [(what, path)].
 
     Mid-grey and Okabe and Ito's colours (jfly.uni-koeln.de/color), to be read on white and on black.
     """
     try:
-        import matplotlib
+        from matplotlib import rcParams
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise Refused("matplotlib is not installed: pip install matplotlib==3.11.2") from error
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
-    (HERE / "assets").mkdir(exist_ok=True)
-    grey = "#808080"
-    plt.rcParams.update({
+    grey, images = "#808080", []
+    rcParams.update({
         "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11, "legend.frameon": False,
         "savefig.transparent": True, "axes.spines.top": False, "axes.spines.right": False, **dict.fromkeys(
             ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), grey)})
-    colours = dict(zip(("fused", *BASELINES), (
-        "#0072B2", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#E69F00", "#F0E442"), strict=True))
-    images = [draw_timeline(plt, name, data["gpu"], row)
-              for row in data["rows"].values() if "marks_us" in row]
-    rows = [row | {"what": key.split()[-1], "ms": median(row["us"]) / 1e3, "floor": row["floor_us"] / 1e3,
-                   "bytes": token_bytes(Config.from_name(row["model"]), 0)}
-            for key, row in data["rows"].items() if row["kind"] == "step" and "us" in row]
-    if len({row["context"] for row in rows}) < 2:  # too little for a plot
+    colours = ("#0072B2", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#E69F00", "#F0E442")
+    styles = {"floor": {"color": grey, "linestyle": "--"}}
+    for what, colour in zip(("fused", *BASELINES), colours, strict=True):
+        styles[what] = {"color": colour, "marker": "o", "markersize": 4}
+
+    def save(ax, title, part, xlabel):
+        images.append((title, f"assets/{name}-{part}.svg"))
+        ax.set(xlabel=f"{xlabel}; {data['gpu']}")
+        ax.figure.savefig(HERE / images[-1][1], metadata={"Date": None}, bbox_inches="tight")
+
+    curves = {}  # {(what, model): {tokens cached: ms a token}}
+    for key, row in data["rows"].items():
+        what, model, cached = key.split()[-1], row["model"], row["context"]
+        if row["kind"] == "timeline" and "marks_us" in row:
+            save(draw_timeline(Figure(figsize=(8, 5.6)).gca(), row),
+                 f"One layer of {model}, thread block by thread block", f"timeline-{model}",
+                 f"us since the layer's start; {model}, {cached} tokens cached")
+        if row["kind"] == "step" and "us" in row:
+            if what == "fused":
+                curves.setdefault(("floor", model), {})[cached] = row["floor_us"] / 1e3
+            curves.setdefault((what, model), {})[cached] = median(row["us"]) / 1e3
+    few, *more = sorted({cached for curve in curves.values() for cached in curve}) or [0]
+    if not more:  # too little for a plot
         return images
-    few = min(row["context"] for row in rows)
-    short, fused = [r for r in rows if r["context"] == few], [r for r in rows if r["what"] == "fused"]
-    size, context = (plt.figure(figsize=(8, 4.8)).gca() for _ in range(2))
-
-    def line(ax, rows, x, y, **style):
-        if points := sorted({(row[x], row[y]) for row in rows}):
-            ax.plot(*zip(*points), **({"color": grey, "linestyle": "--"} if y == "floor" else {
-                "marker": "o", "markersize": 4}) | style)
-
-    line(size, [r for r in short if r["what"] == "fused"], "bytes", "floor", label="floor")
-    for what, colour in colours.items():
-        line(size, [r for r in short if r["what"] == what], "bytes", "ms", color=colour, label=what)
-    names = {row["bytes"]: row["model"].removeprefix("pythia-") for row in rows}
-    size.set(xscale="log")
-    size.set_xticks([], minor=True)
-    size.set_xticks(list(names), list(names.values()))
-    size.legend()
-    for model in dict.fromkeys(row["model"] for row in fused):
-        one = sorted((r for r in fused if r["model"] == model), key=lambda r: r["context"])
-        line(context, one, "context", "floor")
-        line(context, one, "context", "ms", color=colours["fused"])
-        context.annotate(model.removeprefix("pythia-"), (one[-1]["context"], one[-1]["ms"]), (6, 0),
-                         textcoords="offset points", va="center", size=9)
-    images += [("Time a token against model size", f"assets/{name}-size.svg"),
-               ("Time a token against tokens cached", f"assets/{name}-context.svg")]
-    for ax, xlabel, (_, path) in zip((size, context), (
-            f"model, {few} tokens cached", "tokens cached (solid: fused, dashed: floor)"), images[-2:]):
-        ax.set(xlabel=f"{xlabel}; {data['gpu']}", ylabel="ms a token", yscale="log")
+    size, context = (Figure(figsize=(8, 4.8)).gca() for _ in range(2))
+    for ax in (size, context):
+        ax.set(ylabel="ms a token", yscale="log")
         ax.yaxis.set_major_formatter("{x:g}")
         ax.grid(color=grey, alpha=0.25, linewidth=0.6)
-        ax.figure.savefig(HERE / path, metadata={"Date": None}, bbox_inches="tight")
+    sizes = {model: token_bytes(Config.from_name(model), 0) for _, model in curves}
+    for what, style in styles.items():  # of no points, plot() makes no line, nor does the legend
+        size.plot(*zip(*sorted((sizes[model], curve[few]) for (of, model), curve in curves.items()
+                               if of == what and few in curve)), label=what, **style)
+    size.set(xscale="log")
+    size.set_xticks([], minor=True)
+    size.set_xticks(list(sizes.values()), [model.removeprefix("pythia-") for model in sizes])
+    size.legend()
+    for (what, model), curve in curves.items():
+        if what in ("floor", "fused"):
+            context.plot(*zip(*sorted(curve.items())), **styles[what])
+        if what == "fused":
+            context.annotate(model.removeprefix("pythia-"), max(curve.items()), (6, 0), va="center", size=9,
+                             textcoords="offset points")
+    save(size, "Time a token against model size", "size", f"model, {few} tokens cached")
+    save(context, "Time a token against tokens cached", "context",
+         "tokens cached (solid: fused, dashed: floor)")
     return images
 
 
-def draw_timeline(plt, name, gpu, row):
-    """One layer, a line a thread block; (what, path)."""
-    marks, path = np.array(row["marks_us"]), f"assets/{name}-timeline-{row['model']}.svg"
+def draw_timeline(ax, row):
+    """Draws one layer, a line a thread block; `ax` again."""
+    marks = np.array(row["marks_us"])
     ends = np.c_[marks[:, 1:], marks[:, 0] + row["layer_us"]]
-    ax = plt.figure(figsize=(8, 5.6)).gca()
-    for phase, colour, begin, end in zip(PHASES, (
-            "#808080", "#0072B2", "#56B4E9", "#D55E00", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442",
-            "#80808040"), marks.T, ends.T):
+    for (phase, colour), begin, end in zip(PHASES.items(), marks.T, ends.T):
         ax.fill_betweenx(range(len(marks) + 1), np.r_[begin, begin[-1]], np.r_[end, end[-1]], step="post",
                          color=colour, linewidth=0, label=phase)
-    ax.set(xlabel=f"us since the layer's start; {row['model']}, {row['context']} tokens cached; {gpu}",
-           ylabel=f"thread block (those before {row['with_head']} have a head)", ylim=(len(marks), -1))
+    ax.set(ylabel=f"thread block (those before {row['with_head']} have a head)", ylim=(len(marks), -1))
     ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=9)
-    ax.figure.savefig(HERE / path, metadata={"Date": None}, bbox_inches="tight")
-    return f"One layer of {row['model']}, thread block by thread block", path
+    return ax
 
 
 def main(argv=None):
@@ -809,23 +769,23 @@ def main(argv=None):
              "(default: 128)")
     add("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES), metavar="NAME",
         help=f"of {', '.join(BASELINES)}, or none after the flag (default: all)")
-    mode = parser.add_mutually_exclusive_group().add_argument
-    mode("--ablate", action="store_true", help="variants of the kernel instead of baselines")
-    mode("--timeline", action="store_true", help="what each thread block does when in a layer, nothing else")
-    mode("--counters", action="store_true", help="bytes and instructions, as ncu counts them")
+    mode = functools.partial(parser.add_mutually_exclusive_group().add_argument, dest="mode",
+                             action="store_const", default=compare)
+    mode("--ablate", const=ablate, help="the kernel with one thing changed at a time, instead of baselines")
+    mode("--timeline", const=timeline, help="what each thread block does when in a layer, nothing else")
+    mode("--counters", const=counters, help="bytes and instructions, as ncu counts them")
     add("--report", action="store_true", help="README tables and plots from results/, no measuring")
     args = parser.parse_args(argv)
-    one = args.ablate or args.timeline or args.counters
-    args.contexts = args.contexts or ([128] if one else [128, 2000])
+    args.contexts = args.contexts or ([128, 2000] if args.mode is compare else [128])
     args.models = ["pythia-" + size.removeprefix("pythia-") for size in args.models]
     try:
-        least = COUNTED // 2 if args.counters else STEPS
+        least = COUNTED // 2 if args.mode is counters else STEPS
         most = min(Config.from_name(name).context for name in args.models) - least
         if not all(least <= context <= most for context in args.contexts):
             raise Refused(f"--contexts must be from {least} to {most}")
         if args.report:
             return report()
-        if args.counters and not shutil.which("ncu"):
+        if args.mode is counters and not shutil.which("ncu"):
             raise Refused("ncu is not found: install Nsight Compute, which the CUDA toolkit has")
         return measure(args)
     except Refused as refusal:
