@@ -7,23 +7,21 @@ examples:
   python generate.py --model pythia-2.8b --random --fused --temperature 0     (speed only, no download)
 
 Prompt and text go to standard output as they come, everything else to standard error. There the last line
-is one fact to compare: model, dtype, device, new tokens, ms a token, tokens/s. A ms a token is the wall time
-from the first to the last new token, divided by the tokens after the first: loading and prompt are not in it.
-A text ends after --tokens, with the model's end-of-text token, or with the last position of its context; the
-line says so where it ends early. Exit code: 0; 2 and one sentence for what cannot be done; 130 after Ctrl-C.
+is one fact to compare: model, dtype, device, new tokens, ms a token and tokens/s from the first to the last
+new token, so without loading and prompt; and why a text ended before it had --tokens. Exit code: 0; 2 and one
+sentence for what cannot be done; 130 after Ctrl-C.
 """
-import argparse
 import os
 import sys
 import time
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from types import SimpleNamespace
 
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny-pythia")
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"generate.py: {message}; see --help\n")
     add = parser.add_argument
     add("--model", default=TINY, metavar="NAME",
@@ -32,8 +30,8 @@ def arguments(argv):
     either("--revision", metavar="REV",
         help="training checkpoint of a Hub model, step0 to step143000 (default: the last)")
     either("--random", action="store_true",
-        help="random weights in the size --model, pythia-14m to pythia-12b: no download and no tokenizer, so "
-             "the prompt's bytes are taken as token ids, and ids are printed")
+        help="random weights in the size --model: no download and no tokenizer, so the prompt's bytes are taken "
+             "as token ids, and ids are printed")
     add("--prompt", default="When Elizabeth saw the sea for the first time, she", metavar="TEXT",
         help="text to continue, or - to read it from standard input (default: %(default)r)")
     add("--tokens", type=int, default=200, metavar="N", help="new tokens, at most (default: %(default)s)")
@@ -50,7 +48,7 @@ def arguments(argv):
     add("--fused", action="store_true",
         help="decode with the kernel in fused_block.cu, with temperature 0 in launches of 8 tokens: needs "
              "float16, a GPU of compute capability 9.0, and nvcc, which compiles it once a shape")
-    add("--graph", action=argparse.BooleanOptionalAction, default=True,
+    add("--graph", action=BooleanOptionalAction, default=True,
         help="with --fused: replay a CUDA graph (default: yes)")
     add("--explain", action="store_true",
         help="print how the kernel would lay out this model's work on a GPU, and end; needs no GPU")
@@ -176,10 +174,9 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader, `head` for one, has had enough
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # its disk is full, for one
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"generate.py: the text cannot be written ({error}): give standard output more room",
-              file=sys.stderr)
-        sys.exit(2)
+        if not isinstance(error, BrokenPipeError):  # of a reader, `head` for one, that has had enough
+            print(f"generate.py: the text cannot be written ({error}): give standard output more room",
+                  file=sys.stderr)
+            sys.exit(2)

@@ -16,7 +16,6 @@ import math
 import os
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -81,13 +80,10 @@ class Config:
     @classmethod
     def from_pretrained(cls, name_or_folder, revision=None):
         """The Config of a checkpoint on the Hugging Face Hub or in a folder; Refused as by Pythia's."""
-        # imported here, because it takes seconds and Pythia.random has no need of it
-        from transformers import GPTNeoXConfig
         if revision is not None and os.path.isdir(name_or_folder):
             raise Refused(f"{name_or_folder} is a folder and has no revision {revision!r}: leave it out")
         with loading(name_or_folder, revision):
-            # a dict, so that nothing else in the file, such as the length of a table, is acted on
-            return read_config(GPTNeoXConfig.get_config_dict(name_or_folder, revision=revision)[0])
+            return read_config(name_or_folder, revision)
 
     def to_transformers(self):
         """The GPTNeoXConfig of the same model."""
@@ -104,7 +100,7 @@ class Block(nn.Module):
     """One layer."""
 
     def __init__(self, config, tensor, rope_cos, rope_sin):
-        """`tensor(name, *shape, transposed=False)` supplies a weight under its name in the checkpoint."""
+        """`tensor` as Pythia's, for names within the layer; `rope_cos` and `rope_sin` [context, R/2] fp32."""
         super().__init__()
         self.config = config
         C, F = config.hidden, config.mlp
@@ -158,14 +154,6 @@ class Block(nn.Module):
         qk[..., :R] = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def rope_tables(config, device):
-    """RoPE's cos and sin [context, R/2] fp32: at position p, pair i turns by the angle p * theta**(-2i/R)."""
-    i = torch.arange(0, config.rotary_dims, 2, dtype=torch.float32, device=device)
-    p = torch.arange(config.context, dtype=torch.float32, device=device)
-    angle = torch.outer(p, 1.0 / config.rope_theta ** (i / config.rotary_dims))
-    return angle.cos(), angle.sin()
-
-
 class Pythia(nn.Module):
     """The whole model, made by `Pythia.from_pretrained` or `Pythia.random`."""
 
@@ -175,14 +163,17 @@ class Pythia(nn.Module):
         self.config = config
         C, V = config.hidden, config.vocab
         self.embed_in = tensor("gpt_neox.embed_in.weight", V, C)
-        cos, sin = rope_tables(config, self.embed_in.device)                      # each [context, R/2] fp32
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        # RoPE (arXiv 2104.09864): at position p, pair i of dimensions turns by the angle p * theta**(-2i/R)
+        position = torch.arange(config.context, dtype=torch.float32, device=self.embed_in.device)
+        pair = torch.arange(0, config.rotary_dims, 2, dtype=torch.float32, device=self.embed_in.device)
+        angle = torch.outer(position, 1.0 / config.rope_theta ** (pair / config.rotary_dims))
+        self.register_buffer("rope_cos", angle.cos(), persistent=False)           # [context, R/2] fp32
+        self.register_buffer("rope_sin", angle.sin(), persistent=False)
         self.blocks = nn.ModuleList()
         for i in range(config.n_layer):
             def layer_tensor(name, *shape, i=i, **kw):
                 return tensor(f"gpt_neox.layers.{i}.{name}", *shape, **kw)
-            self.blocks.append(Block(config, layer_tensor, cos, sin))
+            self.blocks.append(Block(config, layer_tensor, self.rope_cos, self.rope_sin))
         self.lnf_w = tensor("gpt_neox.final_layer_norm.weight", C)
         self.lnf_b = tensor("gpt_neox.final_layer_norm.bias", C)
         self.embed_out = tensor("lm_head.weight", V, C)
@@ -190,9 +181,8 @@ class Pythia(nn.Module):
     def forward(self, tokens, cache=None, pos=0):
         """Logits [B, T, V] for tokens [B, T] int64 at positions pos..pos+T-1.
 
-        With a `cache` from `new_cache`, keys and values are stored at pos..pos+T-1, and the tokens see all of
-        0..pos+T-1 that is not after them; without one, they see only each other. Raises Refused past the last
-        position.
+        With a `cache` from `new_cache`, which gets their keys and values, they see what it holds before pos;
+        without one, only each other. Raises Refused past the last position.
         """
         return F.linear(self.body(tokens, cache, pos), self.embed_out)
 
@@ -219,75 +209,77 @@ class Pythia(nn.Module):
 
         `temperature` 0 takes the likeliest token; above 0 draws from softmax(logits / temperature), cut to
         the `top_k` likeliest tokens and then to the fewest that hold probability `top_p`. `seed` repeats the
-        draws on the same kind of device. The text ends early with a token of `config.eos`, which is yielded;
-        if it ends early without one, all `config.context` positions are used. With `fused`, tokens come
-        `Fused.TOKENS` at a time at temperature 0, and `graph` matters. Raises Refused, before any work, for
-        arguments that cannot be.
+        draws on the same kind of device. The text ends early with a token of `config.eos`, which is yielded,
+        or after the last position. With `fused`, tokens come `Fused.TOKENS` at a time at temperature 0, and
+        `graph` matters. Raises Refused, before any work, for arguments that cannot be.
         """
-        tokens = torch.as_tensor(tokens, dtype=torch.int64)
-        check_arguments(self.config, tokens, max_new_tokens, temperature, top_k, top_p)
+        c, tokens = self.config, torch.as_tensor(tokens, dtype=torch.int64)
+        if tokens.ndim != 1:
+            raise Refused(f"the prompt has shape {list(tokens.shape)}: give one sequence of tokens")
+        if len(tokens) == 0:
+            raise Refused("the prompt is empty: give at least one token")
+        if len(tokens) > c.context:
+            raise Refused(f"the prompt has {len(tokens)} tokens, the context only {c.context}: shorten it")
+        if tokens.min() < 0 or tokens.max() >= c.vocab:
+            raise Refused(f"the prompt holds {int(tokens.min())} to {int(tokens.max())}, the vocabulary only "
+                          f"0 to {c.vocab - 1}: use the tokenizer that belongs to the model")
+        if max_new_tokens < 0:
+            raise Refused(f"{max_new_tokens} new tokens cannot be made: ask for 0 or more")
         check_seed(seed)
         rng = torch.Generator(self.embed_in.device)
         rng.seed() if seed is None else rng.manual_seed(seed)
         sampler = Sampler(temperature, top_k, top_p, rng)
-        return self._generate(tokens.to(self.embed_in.device), max_new_tokens, sampler,
-                              self.fuse(graph=graph) if fused else None)
+        steps = min(max_new_tokens, c.context - len(tokens) + 1)
+        fused = self.fuse(graph=graph) if fused else None
+        return self.decode(tokens.to(self.embed_in.device), steps, sampler, fused)
 
-    @torch.inference_mode()
-    def _generate(self, tokens, max_new_tokens, sampler, fused):
-        cache, pos = fused.cache if fused else self.new_cache(), len(tokens)
-        if max_new_tokens == 0:
-            return
-        x = self.body(tokens[None], cache, 0)[:, -1:]                             # prefill
-        token = sampler(F.linear(x, self.embed_out)[0, 0])                        # from logits [V]
-        steps = min(max_new_tokens - 1, self.config.context - pos)
-        later = (fused.decode(token, pos, steps, sampler) if fused else
-                 self.decode(token, pos, steps, sampler, cache))
-        for chosen in chain([int(token)], later):
-            if chosen < 0:
+    def decode(self, tokens, steps, sampler, fused):
+        """Yields what `choices` does, up to the token that ends a text."""
+        for token in self.choices(tokens, steps, sampler, fused):
+            if token < 0:
                 raise Refused(f"the logits are not finite in {self.embed_out.dtype}: take dtype float32 or "
                               "bfloat16, without fused")
-            yield chosen
-            if chosen in self.config.eos:
+            yield token
+            if token in self.config.eos:
                 return
 
-    def decode(self, token, pos, steps, sampler, cache):
-        """Yields `steps` tokens (ints) after `token` (0-d tensor) at `pos`, one forward pass each."""
-        for at in range(pos, pos + steps):
-            x = self.body(token.view(1, 1), cache, at)
-            token = sampler(F.linear(x, self.embed_out)[0, 0])
-            yield int(token)
+    @torch.inference_mode()
+    def choices(self, tokens, steps, sampler, fused):
+        """Yields `steps` tokens (ints) that follow `tokens` [T]; the first pass reads all of these."""
+        cache, pos = fused.cache if fused else self.new_cache(), 0
+        for _ in range(steps):
+            x = self.body(tokens[None], cache, pos)[:, -1:]
+            pos += len(tokens)
+            tokens = sampler(F.linear(x, self.embed_out)[0, 0]).view(1)           # from logits [V]
+            yield int(tokens)
+            if fused:
+                yield from fused.decode(tokens, pos, steps - 1, sampler)
+                return
 
     @classmethod
     def from_pretrained(cls, name_or_folder, revision=None, dtype=torch.float32, device="cpu"):
         """A checkpoint from the Hugging Face Hub ("EleutherAI/pythia-70m", revision="step3000") or a folder.
 
-        transformers finds, downloads and reads the files: safetensors or .bin, whole or sharded. Raises
-        Refused where they cannot be had, or are not exactly this model.
+        The files are safetensors or .bin, whole or sharded. Raises Refused where they cannot be had, or are
+        not exactly this model.
         """
-        from transformers import GPTNeoXForCausalLM
         from transformers.utils import logging
         check_device(dtype, device)
         config = Config.from_pretrained(name_or_folder, revision)
         with loading(name_or_folder, revision):
-            check_files(name_or_folder, revision, config)
-            hf, report = GPTNeoXForCausalLM.from_pretrained(
-                name_or_folder, config=config.to_transformers(), revision=revision or "main", dtype=dtype,
-                output_loading_info=True, ignore_mismatched_sizes=True)  # they are refused below, with names
-        for key, fault in (("missing_keys", "lacks"),
-                           ("unexpected_keys", "has tensors this model does not use:"),
-                           ("mismatched_keys", "has tensors of another shape than config.json says:")):
-            if names := sorted(map(str, report[key])):
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise Refused(f"{name_or_folder} {fault} {', '.join(names[:3])}{more}: "
-                              "fetch its files again, or take a Pythia checkpoint")
+            weights = read_files(name_or_folder, revision, config)
+
+        def refuse(fault):
+            raise Refused(f"{name_or_folder} {fault}: fetch its files again, or take a Pythia checkpoint")
 
         def tensor(name, *shape, transposed=False):
-            """Takes one weight away from the transformers model, so that all weights never exist twice."""
-            parent, _, attribute = name.rpartition(".")
-            module = hf.get_output_embeddings() if parent == "lm_head" else hf.get_submodule(parent)
-            w = getattr(module, attribute).detach().to(device)
-            setattr(module, attribute, None)
+            """Takes one weight away from what was read, so that all weights never exist twice."""
+            if name not in weights:
+                refuse(f"lacks {name}")
+            w, asked = weights.pop(name), shape[::-1] if transposed else shape
+            if w.shape != asked:
+                refuse(f"has {name} of shape {list(w.shape)}, but its config.json asks for {list(asked)}")
+            w = w.to(device, dtype)
             if not torch.stack(w.aminmax()).isfinite().all():                     # aminmax passes NaN on
                 raise Refused(f"{name_or_folder} has NaN or Inf in {name}, read as {dtype}: take dtype "
                               "float32 or bfloat16, or fetch its files again")
@@ -295,16 +287,19 @@ class Pythia(nn.Module):
                 w = w.view(shape).copy_(w.T.contiguous())
             bar.update()
             return nn.Parameter(w, requires_grad=False)
-        with logging.tqdm(total=len(hf.state_dict()), desc=f"Moving weights to {device}") as bar:
-            return cls(config, tensor)
+        with logging.tqdm(total=len(weights), desc=f"Moving weights to {device}") as bar:
+            model = cls(config, tensor)
+        if names := sorted(weights):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            refuse(f"has tensors this model does not use: {', '.join(names[:3])}{more}")
+        return model
 
     @classmethod
     def random(cls, name, seed=0, dtype=torch.float32, device="cpu"):
         """A model of the shape `name` (one of SIZES, or a Config) with random weights made on the device.
 
-        They have what makes trained weights hard on arithmetic: LayerNorm gains spread around 1, biases that
-        are not 0, and four channels of the residual stream far larger than the rest. Same seed, dtype and
-        kind of device: same weights.
+        They are as hard on arithmetic as trained ones: LayerNorm gains around 1, biases that are not 0, four
+        channels of the residual stream far larger than the rest. Seed, dtype and kind of device fix them.
         """
         check_device(dtype, device)
         check_seed(seed)
@@ -329,24 +324,32 @@ class Pythia(nn.Module):
             return nn.Parameter(w, requires_grad=False)
         return cls(config, tensor)
 
-    def fuse(self, cache=None, graph=True, cluster=None, **tuning):
-        """A `Fused` decoder: this model's weights, and one kernel for whole decode steps.
+    def fuse(self, cache=None, graph=True, **tuning):
+        """A `Fused` decoder of this model; compiles the kernel the first time.
 
-        Compiles the kernel the first time. `cache` (from `new_cache`) is shared with the reference, so that
-        either can go on where the other stopped. `graph` replays a captured CUDA graph; `cluster` and
-        `tuning` are arguments of build.constants. Raises Refused where the kernel cannot run: no CUDA GPU of
-        compute capability 9, another dtype than float16, a shape it has no code for, no compiler.
+        `cache` (from `new_cache`) is shared with the reference, so that either can go on where the other
+        stopped. `graph` replays a captured CUDA graph; `tuning`: arguments of build.constants. Raises Refused
+        where the kernel cannot run.
         """
-        return Fused(self, cache, graph, cluster, **tuning)
+        return Fused(self, cache, graph, tuning)
 
 
 @dataclass
 class Sampler:
-    """Chooses a token as `Pythia.generate` says, on the device of the logits and without waiting for it."""
+    """Chooses tokens as `Pythia.generate` says, on the device of the logits, and does not wait for it."""
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
     rng: torch.Generator | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise Refused(f"temperature {self.temperature} is not possible: take 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise Refused(f"top-k {self.top_k} leaves no token: take 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise Refused(f"top-p {self.top_p} is not a probability that leaves a token: "
+                          "take more than 0, at most 1")
 
     def __call__(self, logits):
         """A token (0-d int64) from logits [V]; -1 where they are not finite."""
@@ -362,40 +365,17 @@ class Sampler:
         return token.where(best.isfinite(), -1)
 
 
-def check_arguments(config, tokens, max_new_tokens, temperature, top_k, top_p):
-    """Refuses arguments of `Pythia.generate` that cannot be."""
-    if tokens.ndim != 1:
-        raise Refused(f"the prompt has shape {list(tokens.shape)}: give one sequence of tokens")
-    if len(tokens) == 0:
-        raise Refused("the prompt is empty: give at least one token")
-    if len(tokens) > config.context:
-        raise Refused(f"the prompt has {len(tokens)} tokens, the context only {config.context}: shorten it")
-    if tokens.min() < 0 or tokens.max() >= config.vocab:
-        raise Refused(f"the prompt holds {int(tokens.min())} to {int(tokens.max())}, the vocabulary only "
-                      f"0 to {config.vocab - 1}: use the tokenizer that belongs to the model")
-    if max_new_tokens < 0:
-        raise Refused(f"{max_new_tokens} new tokens cannot be made: ask for 0 or more")
-    if not 0 <= temperature < math.inf:
-        raise Refused(f"temperature {temperature} is not possible: take 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise Refused(f"top-k {top_k} leaves no token: take 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise Refused(f"top-p {top_p} is not a probability that leaves a token: take more than 0, at most 1")
-
-
 def check_seed(seed):
     """Refuses a seed that torch's generators do not take; None stands for any."""
     if seed is not None and not -2**63 <= seed < 2**64:
         raise Refused(f"seed {seed} is not possible: take one from -2**63 to 2**64 - 1")
 
 
-def read_config(fields):
-    """The Config that the fields of config.json (a dict) ask for.
-
-    Raises Refused with the first field this model cannot run, or whose size is absurd.
-    """
-    from transformers import GPTNeoXConfig
-    # transformers reads both spellings, rotary_pct and rope_parameters, and sees nothing else of the file
+def read_config(name, revision):
+    """The Config of a checkpoint. Raises Refused with the first field of its config.json that cannot be."""
+    from transformers import GPTNeoXConfig  # slow to import, not always needed
+    fields = GPTNeoXConfig.get_config_dict(name, revision=revision)[0]
+    # transformers reads all spellings of these, and acts on nothing else in the file, such as sizes of tables
     spellings = ("rope_parameters", "rope_scaling", "rotary_pct", "rotary_emb_base")
     rope = GPTNeoXConfig(**{key: fields[key] for key in spellings if key in fields}).rope_parameters
 
@@ -435,11 +415,10 @@ def read_config(fields):
     return config
 
 
-def check_files(name, revision, config):
-    """Refuses weights that are no floating-point numbers, and files cut off or too small for `config`.
+def read_files(name, revision, config):
+    """A checkpoint's tensors {name: w}, on the CPU: mapped from the disk, but for old forms of .bin.
 
-    Reads only what the files say of their tensors. transformers would turn whole numbers into others, and
-    fill memory with what is missing.
+    Raises Refused for numbers that are no floating-point ones, and files cut off or too small for `config`.
     """
     from transformers.modeling_utils import load_state_dict
     from transformers.utils import cached_file
@@ -449,25 +428,29 @@ def check_files(name, revision, config):
         if path := cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False):
             break
     else:
-        return                                                                 # transformers says it better
-    stored = 0
+        raise FileNotFoundError("it has neither model.safetensors nor pytorch_model.bin")
+    weights, unused = {}, (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")  # of 2023
     for part in get_checkpoint_shard_files(name, path, revision=revision)[0] if "index" in file else [path]:
         if part.endswith(".safetensors"):
             check_length(name, part)
-        for key, w in load_state_dict(part, map_location="meta").items():
-            if not w.is_floating_point() and not key.endswith(".attention.bias"):  # an unused mask of 2023
+        for key, w in load_state_dict(part, map_location="cpu").items():
+            if key.endswith(unused):
+                continue
+            if not w.is_floating_point() or w.dtype == torch.float4_e2m1fn_x2:  # which torch cannot convert
                 raise Refused(f"{name} has {key} in {w.dtype}: take a checkpoint in {', '.join(DTYPES)}")
             if (size := w.untyped_storage().nbytes()) < w.nbytes:
                 raise Refused(f"{name} has {key} of {w.nbytes} bytes, but stores only {size} of them: fetch "
                               "its files again")
-            stored += w.numel()
-    if config.weights > 2 * stored:                                            # else transformers names them
+            weights["lm_head.weight" if key == "embed_out.weight" else key] = w.detach().contiguous()
+    stored = sum(w.numel() for w in weights.values())
+    if config.weights > 2 * stored:                                            # else what is wrong has a name
         raise Refused(f"{name} has files with {stored} weights, but its config.json asks for "
                       f"{config.weights}: fetch its files again")
+    return weights
 
 
 def check_length(name, path):
-    """Refuses a .safetensors file that ends before its header says, by the first tensor that is cut.
+    """Refuses a .safetensors file that ends before its header says, by a tensor that is cut.
 
     The file (github.com/huggingface/safetensors, "Format"): 8 bytes, little-endian, the header's length in
     bytes; the header, JSON {tensor: {"data_offsets": [begin, end], ...}}; the bytes that the offsets count.
@@ -481,8 +464,7 @@ def check_length(name, path):
         else:
             header = json.loads(file.read(min(length, 10**7)))                 # 1000 layers take 2 MB
             header.pop("__metadata__", None)
-            ends = sorted((entry["data_offsets"], tensor) for tensor, entry in header.items())
-            cut = next((tensor for (_, end), tensor in ends if end > held), None)
+            cut = next((tensor for tensor, entry in header.items() if entry["data_offsets"][1] > held), None)
     if cut is not None:
         raise Refused(f"{name} has {os.path.basename(path)} cut off in {cut}: fetch its files again")
 
@@ -535,14 +517,14 @@ class Fused:
     """
     TOKENS = 8                                                                    # greedy ones in a launch
 
-    def __init__(self, model, cache, graph, cluster, **tuning):
+    def __init__(self, model, cache, graph, tuning):
         from build import constants, device_arch, load
         c, device, dtype = model.config, model.embed_in.device, model.embed_in.dtype
         if device.type != "cuda" or dtype != torch.float16:
             raise Refused(f"the fused kernel runs float16 on a CUDA GPU, not {dtype} on {device.type}: "
                           "take dtype float16 and device cuda, or leave fused out")
         arch, sms = device_arch(device), torch.cuda.get_device_properties(device).multi_processor_count
-        self.defines = constants(c, arch, cluster, sms=sms, **tuning)
+        self.defines = constants(c, arch, sms=sms, **tuning)
         self.library = load(self.defines, arch)
         self.library.fused_prepare.restype = self.library.fused_launch.restype = ctypes.c_char_p
         clusters = ctypes.c_int()
@@ -554,12 +536,11 @@ class Fused:
                           f"{sms} multiprocessors: end what else runs on it, or take a smaller cluster")
         cache = model.new_cache() if cache is None else cache
         shape = (c.n_layer, 2, 1, c.n_head, c.context, c.head_size)
-        found = (cache.shape, cache.dtype, cache.device)
-        if found != (shape, torch.float16, device) or not cache.is_contiguous():
+        if (cache.shape, cache.dtype, cache.device) != (shape, dtype, device) or not cache.is_contiguous():
             raise Refused(f"the cache is {list(cache.shape)} {cache.dtype} on {cache.device}, the model "
-                          f"needs {list(shape)} torch.float16 on {device}, contiguous: take one from "
+                          f"needs {list(shape)} {dtype} on {device}, contiguous: take one from "
                           "new_cache()")
-        self.use_graph, self.graph = graph, None
+        self.use_graph, self.captured = graph, None
         self.allocate(model, cache, sms)
 
     def allocate(self, model, cache, sms):
@@ -577,8 +558,7 @@ class Fused:
                    model.embed_in, model.lnf_w, model.lnf_b, model.embed_out, model.rope_cos, model.rope_sin,
                    cache, self.residual, self.logits, self.history, self.state, self.failure, self.taps,
                    self.timeline]
-        # views of the memory itself: it stays as long as this object, whatever becomes of the model
-        self.tensors = [t.detach() for t in tensors]
+        self.tensors = [t.detach() for t in tensors]  # keeps the memory, whatever becomes of the model
         if any(t.data_ptr() % 16 or not t.is_contiguous() for t in self.tensors):
             raise Refused("a weight is not contiguous, or not at a multiple of 16 bytes: load the model anew")
         self.pointers = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in self.tensors))
@@ -603,10 +583,9 @@ class Fused:
     def launch(self, first_layer, last_layer, tokens=0):
         """Layers first_layer..last_layer - 1 on the current stream.
 
-        From layer 0 on, x is the token's embedding; later, what the last launch left: there has to be one.
-        With `tokens` 0 that is all. With 1, logits and argmax follow, and the position advances: last_layer
-        has to be n_layer. With more, all layers go on with the argmax: first_layer has to be 0. Fewer are
-        made where the context ends.
+        From layer 0 on, x is the token's embedding; later, what the last launch left. With `tokens`,
+        last_layer has to be n_layer: logits and argmax follow, and the position advances. With more than one,
+        first_layer has to be 0: all layers go on with the argmax, up to the end of the context.
         """
         with torch.cuda.device(self.device):
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -616,11 +595,11 @@ class Fused:
     def step(self, sampler=None, tokens=1):
         """`tokens` in one launch, without waiting for it: replays its graph, captured when first asked for.
 
-        The kernel takes the likeliest token; a `sampler` chooses anew, on the device too, a token at a time.
+        The kernel takes the likeliest token; a `sampler` chooses anew, one token a launch.
         """
         if not self.use_graph:
             return self.launch_and_choose(sampler, tokens)
-        if self.graph is None or self.captured != (sampler, tokens):
+        if self.captured != (sampler, tokens):
             self.capture(sampler, tokens)
         self.graph.replay()
 
@@ -644,10 +623,7 @@ class Fused:
         self.graph, self.captured = graph, (sampler, tokens)
 
     def decode(self, token, pos, steps, sampler=None):
-        """Yields `steps` tokens (ints) that follow `token` at `pos`.
-
-        While the host reads those of one launch, the GPU makes those of the next.
-        """
+        """Yields `steps` tokens (ints) after `token` at `pos`; the GPU goes on while the host reads."""
         if steps > 0:
             self.start(token, pos)
         if sampler is not None and sampler.temperature == 0:
