@@ -3,12 +3,9 @@
     python build.py --model pythia-2.8b                     compile for the GPU of this machine, and cache
     python build.py --compile-only --arch sm_90a            compile all ten shapes; needs nvcc, but no GPU
 
-The kernel's shape is a set of compile-time constants, so every loop over it has a fixed length. One library a
-shape and architecture is kept where torch keeps its extensions (TORCH_EXTENSIONS_DIR, or
-~/.cache/torch_extensions); its name holds a hash of the source, the flags and the versions, so that a change
-of any of them compiles anew.
+The kernel's shape is a set of compile-time constants. Libraries are kept where torch keeps its extensions
+(TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions), one for each source, set of flags, and version of torch.
 """
-import argparse
 import ctypes
 import fcntl
 import functools
@@ -20,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -76,7 +74,7 @@ def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, atte
     if threads is None:  # README.md has the measurements of these three
         threads = 384 if 512 < c.hidden < 1024 else 256
     if attention_kib is None:
-        attention_kib = 6 * cluster if c.hidden <= 1024 else 0 if c.hidden < 4096 else 48
+        attention_kib = 6 * cluster if c.hidden <= 1024 else 0
     if pace is None:  # small models wait for latency, not memory; the largest are a little faster this way
         pace = MEMORY_RATE[arch] * (32 if c.hidden < 1024 else 16 if c.hidden < 4096 else 17) // 16
     if pace < 1:
@@ -96,7 +94,7 @@ def flags(defines, arch):
 
 
 def compile_only(defines, arch):
-    """Compile without loading; returns ptxas's report (text). Needs nvcc, no GPU. Raises Refused."""
+    """Compiles without loading; returns ptxas's report (text). Needs nvcc, no GPU. Raises Refused."""
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc(), *flags(defines, arch), "-cubin", "-o", f"{folder}/kernel.cubin", SOURCE]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -140,10 +138,7 @@ def load(defines, arch):
 
 
 def kernel_hash():
-    """SHA-256 of fused_block.cu without comments and white space: what a record of a measurement is about.
-
-    Flags and constants, which are this file's, are not in it: after a change of those, measure anew.
-    """
+    """SHA-256 of fused_block.cu without comments and white space, by which a measurement is recorded."""
     code = re.sub(r"//[^\n]*|\s+", "", SOURCE.read_text())
     return hashlib.sha256(code.encode()).hexdigest()
 
@@ -166,14 +161,12 @@ def nvcc():
 
 def first_error(text):
     """The first line of a compiler's output that names an error; "Error building extension" is no name."""
-    names_it = re.compile(r"(error|fatal)\s*:|No space left")
-    lines = [line.strip() for line in text.splitlines() if names_it.search(line)]
-    return (lines or text.strip().splitlines() or ["no message"])[0][:300]
+    named = re.search(r".*((error|fatal)\s*:|No space left).*", text)
+    return (named[0] if named else text).strip().partition("\n")[0][:300] or "no message"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", choices=SIZES, help="one shape (default: all ten)")
     add("--arch", choices=SHARED_BYTES, help="GPU architecture (default: this machine's GPU)")
@@ -186,9 +179,7 @@ def main():
             started = time.time()
             defines = constants(Config.from_name(name), arch, args.cluster)
             if args.compile_only:
-                lines = compile_only(defines, arch).splitlines()
-                report = "; ".join(line.partition(":")[2].strip() if "Used" in line else line.strip()
-                                   for line in lines if "Used" in line or "spill" in line)
+                report = "; ".join(re.findall(r"\d+ bytes stack.*|Used .*", compile_only(defines, arch)))
             else:
                 load(defines, arch)
                 report = "ready"

@@ -1,7 +1,7 @@
 // fused_block.cu: decode steps of Pythia, several of them in one kernel launch.
 //
 // 0. What it does, what it costs, how to read it ==========================================================
-// A launch makes a token, or several, each the argmax after the one before. A token in PyTorch:
+// A launch makes one token, or several in a row. In PyTorch, with the stages (chapter 7) of each line:
 //
 //     x = embed_in[token]                                                              #      [C]
 //     for block in blocks:
@@ -9,7 +9,7 @@
 //         q, k, v = (w_qkv @ xn1 + b_qkv).view(NH, 3, HS).unbind(1)                    # S2   [NH, HS]
 //         q, k = rope(q, position), rope(k, position)                                  # S3   [NH, HS]
 //         cache_k[:, position], cache_v[:, position] = k, v                            # S4   [NH, HS]
-//         p = softmax(einsum("hd,htd->ht", q, cache_k[:, :position + 1]) / sqrt(HS))   # S5   [NH, T]
+//         p = softmax(einsum("hd,htd->ht", q, cache_k[:, :position + 1]) / sqrt(HS))   # S5   [NH, T+1]
 //         o = einsum("ht,htd->hd", p, cache_v[:, :position + 1])                       # S5-6 [NH, HS]
 //         h = gelu(w_up @ xn2 + b_up)                                                  # S8   [F]
 //         x = x + o.flatten() @ w_out + b_out + h @ w_down + b_down                    # S7-9 [C]
@@ -17,26 +17,26 @@
 //     token = logits.argmax()                                                          # S10
 //
 // Symbols, with their sizes for pythia-2.8b: C hidden size 2560, NH heads 32, HS head size 80, F MLP width
-// 10240, V vocabulary 50304, L layers 32, T tokens cached, 2048 at most; K thread blocks in a cluster, 2.
+// 10240, V vocabulary 50304, L layers 32, T tokens cached before this one; K thread blocks in a cluster, 2.
 // From here on a transformer block is a layer, and a block is CUDA's: a group of threads.
 //
 // The budget. At batch 1 every weight is used once a token, so a layer takes as long as its bytes at least:
-//     (4*C*C + 2*C*F) weights * 2 bytes           157.3 MB / 4.58 TB/s =   34.3 us a layer
-//     L layers, and V*C*2 bytes of the LM head    5.291 GB / 4.58 TB/s = 1155   us a token
-//     keys and values of T tokens: 4*C*T bytes     1.31 MB / 4.58 TB/s =    0.3 us a layer at T = 128
-// 4.58 TB/s is about what a kernel that only reads gets out of an H200 (the one in results/: 4.65): 34.7 KB a
-// us for one of its 132 multiprocessors. The aim of all that follows: memory does not wait for arithmetic.
+//     (4*C*C + 2*C*F) weights * 2 bytes           157.3 MB / 4.65 TB/s =   33.8 us a layer
+//     keys and values of T tokens: 4*C*T bytes     1.31 MB / 4.65 TB/s =    0.3 us a layer at T = 128
+//     L layers, and V*C*2 bytes of the LM head    5.333 GB / 4.65 TB/s = 1147   us a token
+// 4.65 TB/s is what a kernel that only reads got out of the H200 in results/ (of another: 4.55): 35.2 KB a us
+// for each of its 132 multiprocessors. The aim of all that follows: memory does not wait for arithmetic.
 //
-// How to read. Chapter 1 is the picture, 2 the syncs, 3 and 4 the sizes and places. Then chapter 8, the
-// kernel, with the stages (7) and inner loops (6) as you meet them. Take chapter 5 on trust; 9 and 10 launch
-// it. emulator.py is its dataflow in Python; simulator.cpp runs it on a CPU; README.md has times, references.
+// How to read. Chapter 1 is the picture, 2 the syncs, 3 and 4 sizes and places. Then 8, the kernel, with
+// stages (7) and inner loops (6) as you meet them. Take 5, PTX, on trust; 9 and 10 launch it all. emulator.py
+// is the same dataflow in Python; simulator.cpp runs this file on a CPU; README.md has times.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
 // 1. The picture ==========================================================================================
-// Every matrix is stored as rows of C, so the whole model is two inner loops: dot(row, x) and y += a * row.
+// Every matrix is stored as rows of C, so all but attention is two inner loops: dot(row, x) and y += a * row.
 //
 //         .-> LN1 -> S2 q,k,v rows -(1)-> S3 rope -> S5 attend -(2)-> S6 merge -> S7 out rows -.
 //         |                                  '----> S4 append k, v                              |
@@ -44,55 +44,50 @@
 //         |                                                                                     |
 //         '-> LN2 -> S8 hidden unit j: h_j = gelu(up row j . xn2 + b_j), y += h_j * down row j -'
 //
-// (1) (2) (3) are syncs of a cluster; (4) is the grid's, the only one in a layer. The MLP needs none of its
-// own: a hidden unit is one row in, one row out, and whoever computes h_j adds all that it gives to y.
+// y is what the layer adds to x. (1) (2) (3) are syncs of a cluster; (4) is the grid's, the only one in a
+// layer. The MLP needs none of its own: a hidden unit is one row in, one row out, and whoever computes h_j
+// adds all that it gives to y.
 //
 // CUDA's levels, and who owns what, in numbers of 2.8b at T = 128:
 //   grid         all threads of a launch: 66 clusters, with one block on every multiprocessor of the GPU
-//                cluster 0         cluster 1                 cluster 31        clusters 32..65
-//                +------+------+   +------+------+           +------+------+   +------+------+
-//                | rank | rank |   | rank | rank |    ...    | rank | rank |   | rank | rank |   ...
-//                |  0   |  1   |   |  0   |  1   |           |  0   |  1   |   |  0   |  1   |
-//                +------+------+   +------+------+           +------+------+   +------+------+
-//   heads             0                 1                         31               none
-//   hidden units   34     35         35     35                 35     35          117 to 119 each
-//
+//                cluster               0         1     ...    31       32..65
+//                head                  0         1     ...    31       none
+//                hidden units       34 + 35   35 + 35  ... 35 + 35     117 to 119 a block
 //   cluster      K blocks that can write into one another's memory and share the work of a head; head h is
-//                done by cluster h mod (number of clusters). K is the smallest of 1, 2, 4 with which a rank's
-//                part of a head is at most a block's even share, else 8: default_cluster in build.py
-//   rank         a block in its cluster: 120 of a head's 3*HS rows of q, k, v; 64 of its cached tokens; 40 of
-//                its HS output rows; hidden units of its own; 1280 of the C columns of the cluster's sum
+//                done by cluster h mod (number of clusters). default_cluster in build.py chooses K
+//   rank         a block's number in its cluster. Each has 120 of a head's 3*HS rows of q, k, v; 64 of its
+//                cached tokens; 40 of its HS output rows; hidden units; 1280 columns of the cluster's y
 //   team         320 threads, C/8 (C/16 where C >= 4096), that hold one row between them; where C is small, a
 //                block has several, each with other rows: in 70m 4 of 64 threads, and tiles of 32 rows
-//   warp         32 threads that run in step and can read one another's registers (a shuffle): a tenth of a
-//                row. It adds up its threads' products, and frees what it has read
-//   thread       a lane of a warp, with the same 8 columns, 16 bytes, of every row, x and y, in every layer:
+//   warp         32 threads that run mostly in step, and can read one another's registers (a shuffle): here
+//                a tenth of a row. It adds up its threads' products, and frees what it has read, (E)
+//   thread       a lane of a warp, with the same 8 columns, 16 bytes, of every row, x and y, in every layer
+//                (some small steps are shared out otherwise: S0, S3, S5, and the additions of S9):
 //                row of C   | 0..7     | 8..15    | 16..23   | ...                      | 2552..2559 |
 //                           | thread 0 | thread 1 | thread 2 | ...                      | thread 319 |
-//                dot        each multiplies its 8 columns by its 8 of x; the team adds up: (c), once a tile
+//                dot        each multiplies its 8 columns by its 8 of x; the team adds up
 //                axpy       each adds a times its 8 columns to its 8 of y, in registers: nobody need meet
 //   producer     one lane of one more warp; the threads of the others are workers. It only starts copies of
 //                weights and cached tokens into the ring: STAGES slots of shared memory, filled and emptied
-//                in turn. Weights do not depend on activations, so it runs ahead, past syncs, layers and
-//                tokens, while a slot is empty, but at an even pace
+//                in turn. It runs ahead, past syncs, layers and tokens, while a slot is empty, paced (claim)
 //
 // CUDA's words. Registers are a thread's own, shared memory (227 KiB) a block's; global memory, behind the L2
-// cache, is everybody's, and has the weights, x and the cache. A multiprocessor is one of the GPU's cores. A
-// launch runs a `__global__` function once in every thread, which calls `__device__` ones. threadIdx.x is a
-// thread's number in its block, blockIdx.x the block's in the grid, gridDim.x how many there are.
-// __shfl_xor_sync(~0u, v, w) returns the v of the lane whose number is this lane's xor w, if all 32 lanes
-// call it; __shfl_sync that of a given lane; at __syncwarp() the lanes meet. half is fp16, uint4 any 16
+// cache, is everybody's, and has weights, x, and cached keys and values. A multiprocessor is one of the GPU's
+// cores. A launch runs a `__global__` function once in every thread, which calls `__device__` ones.
+// threadIdx.x is a thread's number in its block, blockIdx.x the block's in the grid, gridDim.x how many there
+// are. __shfl_xor_sync(~0u, v, w) returns the v of the lane whose number is this lane's xor w, if all 32
+// lanes call it; __shfl_sync that of a given lane; at __syncwarp() the lanes meet. half is fp16, uint4 any 16
 // bytes, fmaf(a, b, c) a * b + c. PTX is the GPU's assembly language.
 //
 // Tile and stage. A stage without a number is a slot of the ring; S0 to S10 are the steps of chapter 7. A
 // tile is what one dot_tile finishes, 8 rows of 2.8b, for which the latency of shuffles and of (c) is paid
 // once. It comes in PARTS = 2 stages, so that the first is refilled while the second is read.
-//
+
 // 2. The syncs: points that some threads pass only when others have reached theirs ========================
-// m, l, o belong to a set of tokens: its largest score; the sum of 2^(score - m); that of 2^(score - m) * v.
+// m, l, o belong to a set of tokens: its largest score, which is q . k / sqrt(HS) in units of log(2); the sum
+// of 2^(score - m); that of 2^(score - m) * v.
 // A push is a store into another block's shared memory that counts its bytes on an mbarrier (below) there. An
 // inbox is an array that pushes go to. Peers are the other blocks of a cluster. The code repeats the ids.
-//
 //  id   scope    publishes                         to                         without it
 //  (0)  cluster  barriers, plan, RoPE's angles     peers and all threads      a push into a block not there
 //  (1)  cluster  q, k, v of a head                 every rank                 attention with stale q, k or v
@@ -115,35 +110,33 @@
 //                                                                             (5): they run ahead of it
 //  (h)  block    that (5) is passed                producer                   copies of k, v not yet there
 //
-// What they are made of: (0) is the cluster's barrier instruction, (4) x itself, (5) a counter in global
-// memory, (a) to (g) barriers of a block's workers or of a team. (1) (2) (3) (F) (E) (h) are mbarriers: words
-// in shared memory that count arrivals and, but for (E) and (h), bytes, so that the data itself releases
-// whoever waits. A phase is a round of an mbarrier: it completes when all that it counts has come, and the
-// next begins. (One more, workers_done, orders nothing: see PATIENCE.) The end of a launch is a sync too: x,
-// the cache's new rows and State reach the next launch through it.
+// (0) is the cluster's barrier instruction, (4) x itself, (5) a counter in global memory, (a) to (g) barriers
+// of threads. (1) (2) (3) (F) (E) (h) are mbarriers: words in shared memory that count arrivals and, but for
+// (E) and (h), bytes, so that the data itself releases whoever waits. A phase is one round: it completes when
+// all that it counts has come. The end of a launch is a sync too, for x, the cache's new rows and State.
 //
-// No block arrives at (4). A word of x counts, in its lowest bits, what has been added to it (chapter 6), and
-// is whole when every cluster and its carrier (chapter 4) have added; who finds one that is not reads it
-// again. A counter beside x, as at (5), would have to come after the sums, by a release, which waits until
-// they have arrived: about a microsecond while memory is busy, once a token at (5), but here once a layer.
+// No block arrives at (4). A word of x counts, in its lowest bits, the additions to it (chapter 6): it is
+// whole when every cluster and its carrier (chapter 4) have added. A counter beside x, as at (5), would have
+// to come after the sums, by a release, which waits until they have arrived: about 1 us while memory is busy.
 //
-// Nobody says that an inbox of (1), (2) or (3) is free again, as (E) does for the ring: the later syncs imply
-// it. Before a peer pushes into an inbox again, it passes a sync at which it waits for the inbox's owner, who
-// sends there only after reading. (At (1), (2) and (3) every rank waits for all.)
-//     inbox of       read in  the owner then sends                            the peer waits for it at
+// Nobody says that an inbox of (1), (2) or (3) is free again, as (E) does for the ring: before a peer pushes
+// into it again, it waits at a sync for the inbox's owner, who sends there only after reading.
+//     inbox of       read in  what its owner then sends                       a peer waits for it at
 //     (1) q, k, v    S3       m, l, o of this head, after (d)                 (2)
 //     (2) m, l, o    S6       each team rows of the next head's q, k, v, or y (1), or (3)
 //     (3) parts of y S9       each thread the sums of columns that it read    (4), where all are read
-// (A team that uses (2)'s inbox, for its output rows, has rows of q, k, v too; the others use nothing of what
-// they read. And the next phase of (2) waits for this block's own m, l, o, which come after (d).) Likewise
-// nobody adds to a buffer of x, or clears `best`, before all have read it: he has passed a (4), for which all
-// had to add what they made of it. At (h) only the producer waits, and the workers cannot reach the next (h)
-// without the stages that it copies afterwards. So no phase of an mbarrier completes before all who wait for
-// the one before have seen it, and one bit, the parity, tells which phase it is in.
+// (A team with output rows has rows of q, k, v too; what others find in (2)'s inbox they do not use.)
+// Likewise nobody adds to a buffer of x, or clears `best`, before all have read it: he has passed a (4), for
+// which all had to add what they made of it. And no phase of an mbarrier completes before all who wait for
+// the one before have seen it, so one bit, the parity, tells which it is in: (2) needs this block's own m, l,
+// o, which come after (d); at (h) only the producer waits, without whose copies no worker reaches the next.
 //
 // No block leaves while pushes fly, its own or a peer's: it leaves after a (4) or (5), before which every
-// block has waited for all of its bytes of (1), (2) and (3). Without any sync but (g) after (4), the result
-// changes, or the launch does not end (test_block.py -k simulated_syncs, on a CPU).
+// block has waited for all of its bytes of (1), (2) and (3). Leave out any one sync but (g) after (4), and
+// the result changes, or the launch does not end: test_block.py -k simulated_syncs shows it.
+//
+// The same bits in every run: block, grid and position alone divide the work (Plan), sums in a cluster are
+// taken in the order of threads, warps, ranks and teams, and what comes in any order is integers (chapter 6).
 
 // 3. Configuration ========================================================================================
 // build.py gives -D constants: the shape, and CLUSTER, THREADS, ROWS, SHARED_BYTES, and of chapter 7 PACE
@@ -168,28 +161,24 @@ constexpr int WARPS = WORKERS / 32;             // of workers [10]
 constexpr int LANES = TEAM < 32 ? TEAM : 32;    // lanes of a warp that belong to the same team [32]
 constexpr int TEAM_WARPS = TEAM / LANES;        // warps of a team [10]; 1 where it is one, or half of one
 
-// Tiles and stages.
 constexpr int TILE_ROWS = R * TEAMS;            // rows in a tile, R for each team [8]
 constexpr int PARTS = 2;                        // stages that a tile comes in
 constexpr int STAGE_ROWS = TILE_ROWS / PARTS;   // [4]
 constexpr int STAGE_BYTES = STAGE_ROWS * C * 2; // [20480]
-constexpr int BIAS_HALFS = ceil_div(TILE_ROWS, 8) * 8 + 8;  // biases, copied from a multiple of 8 on [16]
+constexpr int BIAS_HALFS = ceil_div(TILE_ROWS, 8) * 8 + 8;  // biases of a tile, see Producer::rows [16]
 
-// A rank's share.
 constexpr int QKV_ROWS = 3 * HS / K;            // of the rows of one head's q, k, v [120]
 constexpr int OUT_ROWS = HS / K;                // of its output rows, and as many dimensions of o [40]
 constexpr int OWN = C / K;                      // columns that a rank sums for its cluster [1280]
 constexpr int PAIRS = ceil_div(C / 2, WORKERS); // pairs of columns of x that a thread reads, at most [4]
 
-// Cached tokens. A token's k is spread over lanes, 8 dimensions each; a warp works on several tokens at once.
-constexpr int KV_TOKENS = STAGE_BYTES / (4 * HS);  // tokens in a stage: k in one half, v in the other [64]
+constexpr int KV_TOKENS = STAGE_BYTES / (4 * HS);  // cached tokens in a stage: half of it k, half v [64]
 constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // lanes for a token [16]
 constexpr int WARP_TOKENS = 32 / TOKEN_LANES;      // [2]
 
 // The ring gets what shared memory has left: these are the bytes of Shared beside it, rounded up.
 constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS + 25 * HS / 4 + (2 * R + 4) * WARPS) + 384;
-constexpr int STAGES_THAT_FIT = (SHARED_BYTES - FIXED_BYTES) / (STAGE_BYTES + 2 * BIAS_HALFS + 16);
-constexpr int STAGES = STAGES_THAT_FIT < 32 ? STAGES_THAT_FIT : 32;  // [10]: 205 KB, 5.9 us of an even share
+constexpr int STAGES = (SHARED_BYTES - FIXED_BYTES) / (STAGE_BYTES + 2 * BIAS_HALFS + 16);  // [10]: 205 KB
 
 static_assert(C % 128 == 0, "a row is dealt out to half-warps, 16 bytes a lane: C must be a multiple of 128");
 static_assert(NH * HS == C, "the heads together are as wide as the residual stream");
@@ -215,24 +204,23 @@ struct Layer {  // weights, fp16, read only; the matrices are rows of C (see mod
   const half *w_down, *b_down;                // [F] rows, [C]
 };
 
-struct State {  // global memory, kept between launches; up to `arrivals` read before (0), written at the end
-  int token;                   // the next to be read: the last argmax, or -1 if that is not finite
+struct State {  // global memory, kept between launches; the first four read before (0), written at the end
+  int token;                   // the next to be read: the last argmax, or -1 if its logit is not finite
   int position;                // tokens in the cache
   unsigned steps;              // layers so far; if odd, x is in the second residual buffer
-  unsigned turn;               // which of `best` is the next to be used
-  unsigned arrivals;           // what `counter` has reached when no launch runs
+  unsigned made;               // tokens so far, in grids of one size; picks `best`, tells (5)
   unsigned counter;            // (5): grows by one a block and token; never reset
   unsigned long long best[2];  // largest logit so far, with its token, see S10; the other of the two is 0
 };
 
-// Host memory: report of a launch that gives up; seen: sums that lack at (4), blocks at (5), else the parity.
+// Host memory: report of a launch that gives up; seen: additions lacking at (4), blocks at (5), else parity.
 struct Failure { int sync, block, layer, seen; };
 
 struct Model {  // the kernel's one parameter: pointers only, the same for every launch
   Layer layers[L];
   const half *embed_in, *lnf_w, *lnf_b, *embed_out;  // [V] rows, [C], [C], [V] rows
   const float *rope_cos, *rope_sin;                  // [CTX][ROT/2]
-  half* cache;                   // [L][2][NH][CTX][HS] keys and values; each token writes one row of each
+  half* cache;                   // [L][2][NH][CTX][HS] keys and values; a token writes a row of k and of v
   long long* residual;           // [2][C] words of x (chapter 6); who holds x is below
   float* logits;                 // [V]
   int* history;                  // [CTX] the token chosen at each position
@@ -245,10 +233,10 @@ struct Model {  // the kernel's one parameter: pointers only, the same for every
 // The residual buffers take turns; only a launch's end clears one, for the next launch to begin with:
 //     layer l       0: x, read                            1: x of layer l - 1, to which all add
 //     layer l + 1   0: x of layer l, to which all add     1: x, read
-// For each word one thread of the grid, its carrier, adds to the sums of y the x that it has read, and
-// subtracts the word that it read in this buffer a layer ago (carry), before the sums come or after. The LM
-// head adds nothing to x, so layer 0 finds the buffers as any layer does; it carries the embedding. `best`
-// takes turns too: found before (5), read after it, cleared at the next LM head, used at the one after.
+// Each word has a carrier, one thread of the grid. Before the sums of y or after, it adds the x that it has
+// read, less the word that it read in this buffer a layer ago (carry). The LM head adds nothing to x, so
+// layer 0 finds the buffers as any layer does; it carries the embedding. `best` takes turns too: found before
+// (5), read after it, cleared at the next LM head, used at the one after.
 
 // Who does what for a token. Depends on block, grid and position alone: every run divides work alike.
 struct Plan {
@@ -258,8 +246,7 @@ struct Plan {
   int first_token, last_token;  // cached tokens of this rank, for every head
 };
 
-// One block's shared memory: 231936 bytes of 2.8b. Chapter 2 says when an inbox is free again. What the copy
-// engine or push4 writes, and what is read 16 bytes at a time, is aligned to 16 bytes.
+// One block's shared memory: 231936 bytes of 2.8b. What is copied, or read as 16 bytes, is aligned to 16.
 struct alignas(128) Shared {                        // bytes      what; writer -> reader; until
   half ring[STAGES][STAGE_ROWS * C];                // 10 x 20480 rows, or k and v; producer -> workers; (E)
   alignas(16) half bias[STAGES][BIAS_HALFS];        // 10 x 32    of a tile, in the place of its first stage
@@ -286,10 +273,10 @@ enum SyncId {  // in Failure::sync
   SYNC_QKV = 1, SYNC_SLICE, SYNC_SUMS, SYNC_X, SYNC_GRID, SYNC_FULL, SYNC_EMPTY, SYNC_TOKEN
 };
 
-// For tests and measurements, all at compile time, so that the product pays nothing:
+// For tests and measurements, all at compile time, so that the shipped kernel pays nothing:
 //   -DTAPS       stages write what they compute to Model::taps; y keeps its bits
 //   -DTIMELINE   thread 0 of every block writes the time, in ns, at each MARK of a layer
-//   -DMUTANT=k   one thing is broken (1 to 10: test_block.py; 11: block 0 adds nothing to x): tests notice
+//   -DMUTANT=k   one thing is broken (1 to 11: test_block.py; 12: block 0 adds nothing to x): tests notice
 #ifdef TAPS  // offsets into Model::taps; a new one needs room in model.py, a name in test_block.py's STAGES
 enum { TAP_XN1 = 0, TAP_XN2 = C, TAP_Q = 2 * C, TAP_K = 3 * C, TAP_V = 4 * C, TAP_O = 5 * C, TAP_H = 6 * C };
 #define TAP(where, value) (m.taps[where] = (value))
@@ -306,17 +293,11 @@ enum Mark { MARK_START, MARK_NORM, MARK_QKV, MARK_1, MARK_ATTEND, MARK_2, MARK_O
 #define MARK(event) ((void)0)
 #endif
 
-// 5. Toolbox: a function for each PTX instruction that CUDA C++ has no word for; no asm after it ==========
-// "memory" forbids the compiler to move other reads and writes across the instruction: without it, data could
-// be read before the wait for it. `volatile` forbids it to drop or merge instructions.
+// 5. Toolbox: a function for each PTX instruction that CUDA C++ has no word for ===========================
+// "memory" keeps the compiler from moving other reads and writes across the wait that they rely on.
 
 // Shared-memory addresses as the instructions below want them: 32 bits, in this block's window, not 64.
 __device__ uint32_t smem(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-// threadIdx.x, read anew. What is computed from threadIdx.x itself the compiler keeps in registers from layer
-// to layer, and the two largest shapes run out of them; what is computed from this, where it is used.
-__device__ int thread_again() {
-  int t; asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t)); return t;
-}
 
 // The same place in the shared memory of a rank of the cluster; a plain pointer always means our own.
 __device__ uint32_t peer(const void* place, int rank) {
@@ -324,8 +305,7 @@ __device__ uint32_t peer(const void* place, int rank) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem(place)), "r"(rank));
   return address;
 }
-// Push: a store that counts its bytes on a barrier there. A load from the peer would cost a round trip; after
-// a plain store, all threads of both blocks would have to meet before anybody may read.
+// Push (chapter 2). A load would cost a round trip; after a plain store, both blocks would have to meet.
 __device__ void push(uint32_t to, float v, uint32_t barrier) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
                :: "r"(to), "r"(__float_as_uint(v)), "r"(barrier) : "memory");
@@ -337,8 +317,7 @@ __device__ void push4(uint32_t to, const float* v, uint32_t barrier) {
          "r"(__float_as_uint(v[3])), "r"(barrier) : "memory");
 }
 
-// An mbarrier, as in chapter 2. A wait names the parity (0, 1, 0, ...) of the phase it is for. Bytes may land
-// before they are expected: the phase stays open until the arrival that expects them.
+// An mbarrier. Bytes may land before they are expected: the phase stays open until then.
 __device__ void barrier_init(uint64_t* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(smem(b)), "r"(arrivals) : "memory");
 }
@@ -350,21 +329,14 @@ __device__ void barrier_expect(uint64_t* b, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                :: "r"(smem(b)), "r"(bytes) : "memory");
 }
-// Whether the phase is still open; sleeps a while if so. Acquires: what was counted is visible to the thread
-// that asked, and to that thread only, so every reader asks for itself.
-__device__ bool barrier_open(uint64_t* b, uint32_t parity) {
+// Whether the phase is still open; sleeps a while if so. Acquires for the thread that asks, and for no other:
+// every reader asks for itself. Peers' pushes take cluster scope, which empties the L1 cache every time.
+#define TRY_WAIT(scope) "{\n.reg .pred p;\n" \
+    "mbarrier.try_wait.parity.acquire." scope ".shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 0, 1, p;\n}"
+__device__ bool barrier_open(uint64_t* b, uint32_t parity, bool by_peers = false) {
   uint32_t open;
-  asm volatile("{\n.reg .pred p;\n"
-               "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
-               "selp.u32 %0, 0, 1, p;\n}" : "=r"(open) : "r"(smem(b)), "r"(parity) : "memory");
-  return open;
-}
-// The same for what peers pushed: at cluster scope, which empties the L1 cache every time.
-__device__ bool pushes_open(uint64_t* b, uint32_t parity) {
-  uint32_t open;
-  asm volatile("{\n.reg .pred p;\n"
-               "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-               "selp.u32 %0, 0, 1, p;\n}" : "=r"(open) : "r"(smem(b)), "r"(parity) : "memory");
+  if (by_peers) asm volatile(TRY_WAIT("cluster") : "=r"(open) : "r"(smem(b)), "r"(parity) : "memory");
+  else asm volatile(TRY_WAIT("cta") : "=r"(open) : "r"(smem(b)), "r"(parity) : "memory");
   return open;
 }
 // Peers and the copy engine see the barriers initialised so far; without it they may count on garbage.
@@ -373,9 +345,8 @@ __device__ void cluster_sync() {  // all threads of all blocks of the cluster me
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Bulk asynchronous copy, global to shared: one thread starts it, the copy engine (TMA) does it, and `full`
-// counts its bytes. Both addresses and the size are multiples of 16. Loads by the workers would need
-// registers for all that is on its way, a whole ring. The policy lets L2 evict these bytes first; nobody
+// Bulk copy (TMA), global to shared: `full` counts its bytes. Addresses and size are multiples of 16. Loads
+// by the workers would need registers for a whole ring. The policy lets L2 evict these bytes first: nobody
 // reads them again before the next token, and they would drive out x, which everybody reads.
 __device__ uint64_t read_once_policy() {
   uint64_t policy;
@@ -387,8 +358,7 @@ __device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* 
   "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
       :: "r"(smem(to)), "l"(from), "r"(bytes), "r"(smem(full)), "l"(policy) : "memory");
 }
-// What threads have stored so far, and this thread has acquired, is there for its bulk copies too: they are
-// another way to memory (a proxy), which no other sync orders.
+// Bulk copies, another way to memory (a proxy), find what threads have stored and this one has acquired.
 __device__ void order_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // Global memory that other blocks write. Relaxed: not ordered, but read in L2, where additions are made: a
@@ -396,11 +366,6 @@ __device__ void order_copies() { asm volatile("fence.proxy.async;" ::: "memory")
 __device__ longlong2 load_relaxed(const long long* p) {
   longlong2 v;
   asm volatile("ld.relaxed.gpu.global.v2.s64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p));
-  return v;
-}
-__device__ unsigned long long load_relaxed(const unsigned long long* p) {
-  unsigned long long v;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p));
   return v;
 }
 // An addition of which no result comes back: nobody waits for it, as an atomicAdd's caller may have to.
@@ -417,8 +382,7 @@ __device__ unsigned load_acquire(const unsigned* counter) {
   return v;
 }
 
-// Weights that bypass the ring: 16 bytes that no launch writes, and a load that starts where it stands in the
-// code. The compiler would move it to its first use, and the wait for memory with it.
+// 16 bytes that no launch writes (.nc). The compiler would move a plain load, and the wait, to its first use.
 __device__ uint4 load16(const half* p) {
   uint4 v;
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -426,24 +390,21 @@ __device__ uint4 load16(const half* p) {
   return v;
 }
 
-// A barrier of `threads` threads that name the same id. __syncthreads would wait for the producer's warp too,
-// which never comes. With one team, team and workers are the same threads and share id 1.
+// A barrier of `threads` threads that name one id. __syncthreads would wait for the producer's warp too.
 __device__ void named_barrier(int id, int threads) {
   asm volatile("barrier.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
 __device__ void workers_sync() { named_barrier(1, WORKERS); }
 __device__ void team_sync(int team) { named_barrier(TEAMS == 1 ? 1 : 2 + team, TEAM); }
 
-// One clock for all blocks, in ns, that advances by CLOCK_NS at a time; clock64 counts the cycles of one
-// multiprocessor, which are longer when the GPU runs short of power.
+// One clock for all blocks, ns, in steps of CLOCK_NS; clock64's cycles are longer when power runs short.
 constexpr int CLOCK_NS = 32;
 __device__ unsigned long long global_ns() {
   unsigned long long t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t;
 }
 
 // Every launch ends: the first to wait longer than PATIENCE reports for what, in host memory that outlives
-// the launch; its trap ends all blocks, and with them the process's CUDA context. Workers at (F), and those
-// that check x after (g), never give up: the producer, or the thread that polls, does it for them.
+// it; its trap ends all blocks and the CUDA context. For (F) the producer gives up, for (g) who polls.
 constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
 __device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int seen) {
   if (atomicCAS_system(&failure->sync, 0, sync) != 0)
@@ -457,20 +418,19 @@ __device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int 
 
 __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t parity, SyncId sync) {
   const bool by_peers = sync <= SYNC_SUMS;
-  if (!(by_peers ? pushes_open(barrier, parity) : barrier_open(barrier, parity))) return;
+  if (MUTANT == 8 + sync || !barrier_open(barrier, parity, by_peers)) return;
   // Twice as long for the producer: workers, but for those at (F), know the cause and get to report it.
   const long long patience = by_peers ? PATIENCE : 2 * PATIENCE, start = clock64();
-  while (by_peers ? pushes_open(barrier, parity) : barrier_open(barrier, parity))
+  while (barrier_open(barrier, parity, by_peers))
     if (clock64() - start > patience) give_up(m.failure, sync, s.layer, parity);
 }
 
 // 6. Arithmetic: the two inner loops, and sums that do not depend on order ================================
 // Loops of fixed length are unrolled, by `#pragma` if need be, so that their arrays stay in registers.
 
-// 16 bytes of shared memory in one load; the address is a multiple of 16.
 __device__ const uint4& as16(const half* p) { return *reinterpret_cast<const uint4*>(p); }
 __device__ float2 widen2(const half* h) { return __half22float2(*reinterpret_cast<const half2*>(h)); }
-// 8 fp16 -> 8 fp32. Products and sums are fp32 throughout; only weights, k and v are fp16.
+// To 8 fp32. Products and sums are fp32 throughout; only weights, k and v are fp16.
 __device__ void widen(const uint4& w, float* f) {
   const half* h = reinterpret_cast<const half*>(&w);
   for (int i = 0; i < 4; i++) {
@@ -489,9 +449,8 @@ __device__ void axpy8(float a, const uint4& w, float* y) {
   for (int i = 0; i < 8; i++) y[i] = fmaf(a, f[i], y[i]);
 }
 
-// Adds up R values over the lanes of a team in a warp, all R at once: in each of the first log2(R) steps a
-// lane gives half of its values away and keeps the other half, so R = 8 takes 4 + 2 + 1 + 2 = 9 shuffles, not
-// 8 * 5 = 40. Lane l returns row l % R. All 32 lanes must be here.
+// Adds up R values over the lanes of a team in a warp, all at once: in each of the first log2(R) steps a lane
+// gives half of its values away, so 8 take 4 + 2 + 1 + 2 = 9 shuffles, not 8 * 5. Lane l returns row l % R.
 __device__ float reduce_rows(float (&v)[R], int lane) {
   for (int w = R / 2; w >= 1; w /= 2) {
     const bool upper = lane & w;
@@ -503,16 +462,17 @@ __device__ float reduce_rows(float (&v)[R], int lane) {
   return v[0];
 }
 
-// The clusters add to x in any order. A floating-point sum rounds at every step, so its last bits would
-// differ from run to run; an integer sum does not depend on order. So x between layers is 64-bit words. The
-// upper 55 bits are fixed point, in units of 2^-22 = 2.4e-7: for values above 2 no coarser than fp32. A part
-// that does not fit (65536 and up, more than fp16 holds; infinities; NaN) adds 2^47 units instead, and the
-// sum reads back as NaN: 254 others, of less than 2^38 each, cannot hide it, and 255 marks, which wrap round
-// 55 bits, end at -2^47, no nearer to 0 than one. The lower 9 bits count additions: from 0 in one layer that
-// uses the buffer, from LAP in the next, so that a word of two layers ago is not taken for a new one.
-constexpr float FIXED_ONE = 4194304.f, FIXED_LIMIT = 65536.f;
+// Clusters add to x in any order. A floating-point sum rounds at every step: its last bits would depend on
+// the order, those of an integer sum do not. So words of x are 64 bits. The upper 55 are fixed point, in
+// units of 2^-22 = 2.4e-7: for values above 2 no coarser than fp32. A part that does not fit (65536 and up;
+// infinities; NaN) adds 2^47 units, and the sum reads back as NaN: 254 others, of less than 2^38 each, cannot
+// hide it, and 255 marks, which wrap round 55 bits, end at -2^47. The lower 9 bits count additions: from 0 in
+// one layer that uses the buffer, from LAP in the next, so that no word of two layers ago is taken for new.
+constexpr float FIXED_ONE = 1 << 22, FIXED_LIMIT = 1 << 16;
 constexpr long long FIXED_NAN = 1ll << 47, FIXED_EDGE = 1ll << 46;
 constexpr int COUNT_BITS = 9, LAP = 256, MOST_CLUSTERS = 254;  // and a carrier: 255 additions
+
+__device__ int lap(unsigned steps) { return steps / 2 % 2 * LAP; }  // each buffer is used every second layer
 
 __device__ long long to_word(float v) {  // one addition of v
   return (fabsf(v) < FIXED_LIMIT ? __float2ll_rn(v * FIXED_ONE) : FIXED_NAN) * (1 << COUNT_BITS) + 1;
@@ -523,12 +483,11 @@ __device__ float from_word(long long word) {
 }
 // 0 if two words are whole; else, if the carrier has been there and both lack as many, how many additions.
 __device__ unsigned lacking(const longlong2& words, unsigned count) {
-  return ((count - (unsigned)words.x) | (count - (unsigned)words.y)) % (1 << COUNT_BITS);
+  return MUTANT == 8 ? 0 : ((count - (unsigned)words.x) | (count - (unsigned)words.y)) % (1 << COUNT_BITS);
 }
 
 // 7. The stages ===========================================================================================
-// A card says: math; owner, who computes which part; bytes that a block moves, for which chapter 8 has the
-// numbers of 2.8b and their time; syncs; why it is done like this.
+// A card: math; owner, who computes which part; bytes that a block moves; syncs; why it is done like this.
 
 // ---- The division of work --------------------------------------------------------------------------------
 // Balance by bytes: a head costs each block of its cluster 1/K of its rows and cached tokens, and hidden
@@ -546,19 +505,17 @@ __device__ Plan make_plan(int block, int blocks, int position) {
   // Units are shared out in grains of C / 64 bytes, 256 a unit; in ints, as 64-bit divisions take a GPU long.
   const int head_bytes = (8 * HS * C + 2 * KV_WEIGHT * HS * position) / K + ATTENTION_BYTES;
   const int head_grains = 64 * head_bytes / C, fair_grains = (256 * F + head_grains * NH * K) / blocks;
-  const int room_grains = fair_grains - (heads + 1) * head_grains;  // for the units of a busy block
-  const int busy_grains = room_grains > 0 ? room_grains : 0;
+  const int busy_grains = max(fair_grains - (heads + 1) * head_grains, 0);  // units of a busy block
   const int rest_grains = (256 * F - busy_grains * busy) / (blocks - busy);
-  const int first_grain =
-      block < busy ? busy_grains * block : busy_grains * busy + rest_grains * (block - busy);
+  const int first_grain = busy_grains * min(block, busy) + rest_grains * max(block - busy, 0);
   p.first_unit = first_grain / 256;
   p.last_unit = block == blocks - 1 ? F : (first_grain + (block < busy ? busy_grains : rest_grains)) / 256;
-  // Shares of whole tiles, rounded up: two a head, at (1) and (2). What is left, often nothing, comes last.
+  // Shares of whole tiles, rounded up: two a head, at (1) and (2). What is left comes last.
   const int shares = 2 * (heads + (block < busy)) + 1;
   p.filler = ceil_div(ceil_div(p.last_unit - p.first_unit, shares), TILE_ROWS) * TILE_ROWS;
   const int tokens = ceil_div(position, K);
-  p.first_token = tokens * p.rank < position ? tokens * p.rank : position;
-  p.last_token = p.first_token + tokens < position ? p.first_token + tokens : position;
+  p.first_token = min(tokens * p.rank, position);
+  p.last_token = min(tokens * (p.rank + 1), position);
   return p;
 }
 
@@ -584,9 +541,8 @@ __device__ half* cache_row(const Model& m, int layer, int kv, int head, int toke
 }
 
 // ---- The producer ----------------------------------------------------------------------------------------
-// The same tiles in the same order as the workers' (chapter 8), for a stage carries no name: order alone says
-// what is in it. A copy brings the rows that exist; the rest of its stage keeps old bytes. It runs on into
-// the next token; only cached tokens wait there, once, for (h); not at a launch's first token (is_first).
+// The same tiles in the same order as the workers' (chapter 8): a stage carries no name, order alone says
+// what is in it. A copy brings the rows that exist; the rest of its stage keeps old bytes.
 struct Producer {
   const Model& m;
   Shared& s;
@@ -623,10 +579,10 @@ struct Producer {
       }
     }
   }
-  __device__ void units(const Layer& w, int first, int last) {
-    for (int j = first; j < last; j += TILE_ROWS) {
-      rows(w.w_up, w.b_up, j, min(j + TILE_ROWS, last));
-      rows(w.w_down, nullptr, j, min(j + TILE_ROWS, last));
+  __device__ void units(const Layer& w, int& unit, int last) {
+    for (; unit < last; unit += TILE_ROWS) {
+      rows(w.w_up, w.b_up, unit, min(unit + TILE_ROWS, last));
+      rows(w.w_down, nullptr, unit, min(unit + TILE_ROWS, last));
     }
   }
   // Not the newest token, which is still on its way to the cache: S5 has it in k_new and v_new.
@@ -640,7 +596,7 @@ struct Producer {
     }
   }
   __device__ void token(int first_layer, int last_layer, int position, bool is_first) {
-    const Plan plan = make_plan(blockIdx.x, gridDim.x, position);
+    const Plan plan = make_plan(blockIdx.x, gridDim.x, position);  // s.plan is of the workers' token
     for (int layer = first_layer; layer < last_layer; layer++) {
       const Layer& w = m.layers[layer];
       int unit = plan.first_unit;
@@ -648,7 +604,6 @@ struct Producer {
         const int qkv = h * 3 * HS + plan.rank * QKV_ROWS, out = h * HS + plan.rank * OUT_ROWS;
         rows(w.w_qkv, w.b_qkv, qkv, qkv + QKV_ROWS);
         units(w, unit, min(unit + plan.filler, plan.last_unit));
-        unit = min(unit + plan.filler, plan.last_unit);
         if (!is_first && layer == 0 && h == plan.cluster) {  // the token before is one of the cached, now
           wait(m, s, &s.token_ready, token_parity, SYNC_TOKEN);  // (h)
           token_parity ^= 1;
@@ -656,7 +611,6 @@ struct Producer {
         }
         tokens(cache_row(m, layer, 0, h, 0), cache_row(m, layer, 1, h, 0), plan.first_token, plan.last_token);
         units(w, unit, min(unit + plan.filler, plan.last_unit));
-        unit = min(unit + plan.filler, plan.last_unit);
         rows(w.w_out, nullptr, out, out + OUT_ROWS);
       }
       units(w, unit, plan.last_unit);
@@ -689,8 +643,6 @@ struct Worker {  // one thread's view
 
   // Column of a thread's element i: consecutive threads read consecutive 16 bytes, none waiting for another.
   __device__ int column(int i) const { return (i / 8 * TEAM + piece) * 8 + i % 8; }
-  // column(8 * p), worked out anew: see thread_again
-  __device__ int column_again(int p) const { return (p * TEAM + thread_again() % TEAM) * 8; }
   __device__ uint4 weights(int stage_row, int p) const {
     return as16(&s.ring[ring.stage][stage_row * C + column(8 * p)]);
   }
@@ -701,12 +653,11 @@ struct Worker {  // one thread's view
     ring.next();
   }
 
-  // DOT TILE. The next tile's n rows times x, plus bias; the biases start `skip` places into what was copied.
-  // Team t has rows t, t + TEAMS, ...; every lane of it returns the finished row `row`. From n on that is a
-  // sum of a stage's old bytes, NaN perhaps, or 0, for nobody to use: a branch a row would keep the loads of
-  // a stage's rows from starting together, and cost more than the row.
-  // One sync (c) a tile is enough, with two buffers in turn: a warp that writes a buffer for tile i + 2 has
-  // passed (c) of tile i + 1, at which every warp arrived after it had read tile i.
+  // DOT TILE. The next tile's n rows times x, plus bias; biases start `skip` places into what was copied.
+  // Team t has rows t, t + TEAMS, ...; each of its lanes returns row `row`. From n on that is a sum of old
+  // bytes, NaN perhaps, or 0, for nobody to use: a branch a row would cost more than the row, as loads could
+  // not start together. One (c) a tile is enough, with two buffers in turn: a warp that writes one for tile i
+  // + 2 has passed (c) of tile i + 1, at which every warp arrived after it had read tile i.
   __device__ float dot_tile(const Columns& x, int n, int skip, bool has_bias) {
     float sums[R] = {}, bias = 0;
     for (int part = 0; part < PARTS; part++) {
@@ -732,9 +683,8 @@ struct Worker {  // one thread's view
     return sum + bias;
   }
 
-  // AXPY TILE. y += a * row for the next tile's rows; lane l holds a of row `row`, as dot_tile leaves it. A
-  // warp needs nobody else: every thread gets the a of each row of its team, and has columns of its own. In
-  // place of rows from n on it adds 0 times one that exists, as 0 times old bytes may be NaN.
+  // AXPY TILE. y += a * row for the next tile's rows; lane l holds a of row `row`, as dot_tile leaves it. For
+  // rows from n on it adds 0 times one that exists, as 0 times old bytes may be NaN.
   __device__ void axpy_tile(float a, int n) {
     if (row >= n) a = 0;
 #pragma unroll
@@ -751,15 +701,13 @@ struct Worker {  // one thread's view
     }
   }
 
-  // S0 READ X
-  //   math    x from its words, once they are whole; before layer 0, a row of embed_in
+  // S0 READ X: from its words, once they are whole; before layer 0, a row of embed_in
   //   owner   each thread reads a share of the columns, 2 at a time, and gets its own from shared memory
   //   bytes   8 * C, 20 KB from L2, the same for all blocks     syncs   contains (4), (g); ends with (a)
   //   why     teams that each read all of x would ask L2 for the same few lines that many times over; threads
   //           that all wait for the last addition would ask for them all the time, and slow it down
-  //
-  // One thread of a block waits for a word among the last that are added to, of this rank's columns, so that
-  // whichever block does not come, some rank notices. It only saves time: read_residual checks all.
+  // One thread polls a word among the last that are added to, of this rank's columns, so that whichever block
+  // does not come, some rank notices; read_residual checks all.
   __device__ void wait_for_x(const long long* x_now, unsigned count) const {
     if (tid == 0) {
       const long long start = clock64();
@@ -772,14 +720,11 @@ struct Worker {  // one thread's view
     longlong2 q[PAIRS];
     for (unsigned lack = 1; lack;) {
       lack = 0;
-#pragma unroll
       for (int i = 0; i < PAIRS; i++)  // all loads start before the first is used: one trip to L2, not PAIRS
         if (tid + i * WORKERS < C / 2) q[i] = load_relaxed(x_now + 2 * (tid + i * WORKERS));
-#pragma unroll
       for (int i = 0; i < PAIRS; i++)
-        if (MUTANT != 8 && tid + i * WORKERS < C / 2) lack |= lacking(q[i], count);  // (4)
+        if (tid + i * WORKERS < C / 2) lack |= lacking(q[i], count);  // (4)
     }
-#pragma unroll
     for (int i = 0; i < PAIRS; i++) {
       const int pair = tid + i * WORKERS;
       if (pair == carried) own_now = q[i];
@@ -803,7 +748,7 @@ struct Worker {  // one thread's view
     const Layer& w = m.layers[min(layer, L - 1)];
     Norms n;
     for (int p = 0; p < PIECES; p++) {
-      const int c = column_again(p);
+      const int c = column(8 * p);
       n.w1[p] = load16((layer < L ? w.ln1_w : m.lnf_w) + c);
       n.b1[p] = load16((layer < L ? w.ln1_b : m.lnf_b) + c);
       n.w2[p] = load16(w.ln2_w + c);
@@ -812,8 +757,7 @@ struct Worker {  // one thread's view
     return n;
   }
 
-  // S1 LAYERNORM
-  //   math    x <- (x - mean) / sqrt(var + eps), then xn1 = x * w1 + b1 and xn2 = x * w2 + b2
+  // S1 LAYERNORM: x <- (x - mean) / sqrt(var + eps), then xn1 = x * w1 + b1 and xn2 = x * w2 + b2
   //   owner   every team, for itself: to share what one block computes would take a second sync of the grid
   //   bytes   8 * C, 20 KB, on their way since before (4)       syncs   contains (b)
   //   why     E[x^2] - E[x]^2 cancels where the mean is large. So a thread takes its mean first, then sums
@@ -858,8 +802,7 @@ struct Worker {  // one thread's view
     for (int r = lane % LANES / R; r < K; r += LANES / R) push(peer(place, r), value, peer(ready, r));  // (1)
   }
 
-  // S2 QKV
-  //   math    q, k, v of head h = rows @ xn1 + b
+  // S2 QKV: q, k, v of head h = rows @ xn1 + b
   //   owner   rank r has rows r*QKV_ROWS.. of the head's 3*HS
   //   bytes   3 * HS * C * 2 / K     syncs   (F) (E) a stage; (c) a tile; (1) after some hidden units
   //   why     each tile is pushed as soon as it is finished, so only the last one's journey is left for (1)
@@ -873,8 +816,7 @@ struct Worker {  // one thread's view
     }
   }
 
-  // S3 ROPE, S4 APPEND
-  //   math    (a, b) <- (a cos - b sin, b cos + a sin) for dimensions i and i + ROT/2 of q and k, i < ROT/2
+  // S3 ROPE, S4 APPEND: (a, b) <- (a cos - b sin, b cos + a sin) for dimensions i, i + ROT/2 of q and k
   //   owner   a thread for each of 3*HS values, the same in every rank; the last rank writes the cache
   //   bytes   4 * HS to the cache    syncs   after (1); ends with (d)
   //   why     k and v are rounded to fp16 before use, so that this token is seen now as it will be later;
@@ -901,15 +843,14 @@ struct Worker {  // one thread's view
     workers_sync();  // (d)
   }
 
-  // S5 ATTEND
-  //   math    s_t = q . k_t, m = max_t s_t, l = sum_t 2^(s_t - m), o = sum_t 2^(s_t - m) v_t
+  // S5 ATTEND: s_t = q . k_t, m = max_t s_t, l = sum_t 2^(s_t - m), o = sum_t 2^(s_t - m) v_t
   //   owner   rank r has tokens first_token.., dealt out to TOKEN_LANES lanes a token, 8 dimensions a lane;
   //           the last warp of the last rank, which has the fewest tokens, adds the new one
-  //   bytes   4 * HS * T / K, which is 328 KB and 9.4 us at T = 2048
-  //   syncs   after (d); (F) (E) a stage; contains (e); (2) after some hidden units
+  //   bytes   4 * HS * T / K, 328 KB, 9.3 us at T = 2048     syncs   (d); (F) (E) a stage; (e); later (2)
   //   why     online softmax: a running maximum needs no second pass; when it grows, l and o shrink by
   //           2^(old - new). Parts with maxima of their own merge alike: lanes, warps (e), ranks (S6)
   __device__ void attend() {
+    if (tid == 0) barrier_expect(&s.slice_ready, sizeof(s.slice_o) + sizeof(s.slice_ml));  // (2)
     const int d = lane % TOKEN_LANES * 8, sub = lane / TOKEN_LANES;
     const bool has_d = d < HS;  // a head of 80 uses 10 lanes of 16
     float q[8], o[8] = {}, mx = -1e30f, l = 0;
@@ -924,8 +865,8 @@ struct Worker {  // one thread's view
       }
     }
 
+    // Each lane takes its tokens of a stage at once, with one rescaling.
     constexpr int STRIDE = WARPS * WARP_TOKENS, BATCH = ceil_div(KV_TOKENS, STRIDE);
-    // BATCH covers a whole stage: each lane takes its tokens of it at once, with one rescaling.
     const int last_token = MUTANT == 5 ? s.plan.last_token / KV_TOKENS * KV_TOKENS : s.plan.last_token;
     for (int t0 = s.plan.first_token; t0 < s.plan.last_token; t0 += KV_TOKENS) {
       const int n = min(KV_TOKENS, last_token - t0);
@@ -937,7 +878,7 @@ struct Worker {  // one thread's view
         const int t = base + u * STRIDE;
         score[u] = t < n && has_d ? dot8(as16(k + t * HS), q, 0) : 0.f;
       }
-      for (int u = 0; u < BATCH; u++) {
+      for (int u = 0; u < BATCH; u++) {  // a loop of its own: the loads of the first start together
         for (int w = 1; w < TOKEN_LANES; w *= 2) score[u] += __shfl_xor_sync(~0u, score[u], w);
         if (base + u * STRIDE < n) top = fmaxf(top, score[u]);
       }
@@ -946,8 +887,7 @@ struct Worker {  // one thread's view
       for (int i = 0; i < 8; i++) o[i] *= shrink;
       for (int u = 0; u < BATCH; u++) {
         const int t = base + u * STRIDE;
-        // Past n the stage has older bytes, NaN among them, and 0 * NaN is NaN: only not reading them helps.
-        if (t < n) {
+        if (t < n) {  // else old bytes, NaN perhaps, and 0 * NaN is NaN
           const float e = exp2f(score[u] - top);
           l += e;
           if (has_d) axpy8(e, as16(v + t * HS), o);
@@ -986,8 +926,7 @@ struct Worker {  // one thread's view
     }
   }
 
-  // S6 MERGE, S7 OUT ROWS
-  //   math    o = sum_r 2^(m_r - m) o_r / sum_r 2^(m_r - m) l_r, then y += o[d] * output row d
+  // S6 MERGE, S7 OUT ROWS: o = sum_r 2^(m_r - m) o_r / sum_r 2^(m_r - m) l_r, then y += o[d] * output row d
   //   owner   rank r has dimensions r*OUT_ROWS.. of the head; every warp merges for itself what it needs
   //   bytes   HS * C * 2 / K         syncs   after (2); (F) (E) a stage
   //   why     parts are added in the order of ranks, not of arrival, so that the bits are the same every time
@@ -1010,26 +949,24 @@ struct Worker {  // one thread's view
     }
   }
 
-  // S8 HIDDEN UNITS
-  //   math    h_j = gelu(up row j . xn2 + b_j), y += h_j * down row j; gelu(a) = a/2 (1 + erf(a / sqrt 2))
+  // S8 HIDDEN UNITS: h_j = gelu(up row j . xn2 + b_j), y += h_j * down row j
   //   owner   a block has units first_unit..last_unit - 1, and nobody else needs to know h_j
   //   bytes   4 * C a unit           syncs   (F) (E) a stage; (c) a tile
   //   why     it needs nothing but x, so it fills the time in which something else is on its way; Pythia is
-  //           trained with erf, from which GELU by tanh is off by up to 5e-4
-  __device__ void units(const Columns& xn2, int first, int last) {
-    for (int j = first; j < last; j += TILE_ROWS) {
-      const int n = min(TILE_ROWS, last - j);
-      const float a = dot_tile(xn2, n, j % 8, true);
+  //           trained with gelu(a) = a/2 (1 + erf(a / sqrt 2)), from which that by tanh is off by up to 5e-4
+  __device__ void units(const Columns& xn2, int& unit, int last) {
+    for (; unit < last; unit += TILE_ROWS) {
+      const int n = min(TILE_ROWS, last - unit);
+      const float a = dot_tile(xn2, n, unit % 8, true);
       const float bend =
           MUTANT == 6 ? tanhf(0.79788456f * (a + 0.044715f * a * a * a)) : erff(a * 0.70710678f);
       const float hidden = 0.5f * a * (1 + bend);
-      if (row < n) TAP(TAP_H + j + row, hidden);
+      if (row < n) TAP(TAP_H + unit + row, hidden);
       axpy_tile(hidden, n);
     }
   }
 
-  // S9 SUM
-  //   math    x_next = x + output biases, by carry, + sum over all teams of y
+  // S9 SUM: x_next = x + output biases, by carry, + sum over all teams of y
   //   owner   every team pushes its y to the ranks that own its columns; rank r adds r*OWN.. to x_next
   //   bytes   4 * C a team, 10 KB to shared memories; 8 * C a cluster, 20 KB to L2     syncs   contains (3)
   //   why     the cluster adds up first (ClusterReduce), as additions to one address queue up in L2; in the
@@ -1037,11 +974,10 @@ struct Worker {  // one thread's view
   __device__ void cluster_reduce() {
     if (tid == 0) barrier_expect(&s.sums_ready, sizeof(s.sums));  // (3)
     for (int p = 0; p < PIECES; p++) {
-      const int c = column_again(p), owner = c / OWN;
+      const int c = column(8 * p), owner = c / OWN;
       const uint32_t place = peer(&s.sums[s.plan.rank * TEAMS + team][c % OWN], owner),
                      ready = peer(&s.sums_ready, owner);
-      push4(place, y + 8 * p, ready);           // (3)
-      push4(place + 16, y + 8 * p + 4, ready);  // (3)
+      for (int i = 0; i < 8; i += 4) push4(place + 4 * i, y + 8 * p + i, ready);  // (3)
     }
     wait(m, s, &s.sums_ready, sums_parity, SYNC_SUMS);  // (3)
     sums_parity ^= 1;
@@ -1049,8 +985,8 @@ struct Worker {  // one thread's view
 
   // Thread i adds column i: a warp's 32 additions are 256 bytes side by side, two requests to L2.
   __device__ void add_to_residual(long long* x_next) const {
-    if (MUTANT == 11 && blockIdx.x == 0) return;
-    for (int c = thread_again(); c < OWN; c += WORKERS) {
+    if (MUTANT == 12 && blockIdx.x == 0) return;
+    for (int c = tid; c < OWN; c += WORKERS) {
       float sum = 0;
 #pragma unroll 8
       for (int part = 0; part < K * TEAMS; part++)
@@ -1085,8 +1021,7 @@ struct Worker {  // one thread's view
     workers_sync();  // (g)
   }
 
-  // S10 LM HEAD
-  //   math    logits = rows @ LNf(x), token = argmax
+  // S10 LM HEAD: logits = rows @ LNf(x), token = argmax
   //   owner   a block has rows lm_head_row(block)..lm_head_row(block + 1) - 1
   //   bytes   V * C * 2 / 132, 1.95 MB, 56 us     syncs   after (4); (F) (E) a stage; (c) a tile; then (5)
   //   why     packed into 64 bits, (logit, token) is ordered by logit, then by smaller token, NaN above all
@@ -1108,48 +1043,47 @@ struct Worker {  // one thread's view
     if (lane == 0) atomicMax(&m.state->best[turn], best);
   }
 
-  // The token chosen by S10, after (5); -1 if the largest logit is not finite. In S10's order the bits of a
-  // finite one lie between those of -FLT_MAX and FLT_MAX.
+  // S10's token, after (5); -1 if its logit is not finite: in that order, not from -FLT_MAX to FLT_MAX.
   __device__ int chosen(int turn) const {
-    const unsigned long long best = load_relaxed(&m.state->best[turn]);
+    const unsigned long long best = m.state->best[turn];
     const bool finite = (uint32_t)(best >> 32) - (1u << 23) < 0xffu << 24;
     return finite ? (int)~(uint32_t)best : -1;
   }
 };
 
 // 8. The kernel ===========================================================================================
-// Layers follow one another; the LM head is layer L, and after it comes layer 0 of the next token. Below, a
-// layer of 2.8b at T = 128, in the steps between the marks of -DTIMELINE; a mark ends its row. What thread 0
-// of rank 1 of cluster 5 (block 11) does; the KB that its block reads, and the us at 34.7 KB a us; the us
-// that it took on an H200, with marks, the mean of the layers in results/ (`bench.py --timeline`).
+// Layer L is the LM head, which shares S0 and S1's code with the layers. Below, a layer of 2.8b at T = 128,
+// in steps that end at the marks of -DTIMELINE: what thread 0 of rank 1 of cluster 5 (block 11) does; the KB
+// that its block reads, and their us at 35.2 KB a us; the us it took, means of the layers in results/.
 //
-//  mark        thread 0 of block 11                                           KB  share  took  waits for
-//  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                 2.1  L2, (a)
+//  mark        thread 0 of block 11; the others of its block                  KB  share  took  waits for
+//  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                 1.5  L2, (a)
 //              S1: has columns 0..7 from here on                                               (b)
-//  QKV         S2: rows 1320..1439: head 5, k from dimension 40 on, and v    615   17.7  13.4  memory
+//  QKV         S2: rows 1320..1439: head 5, k from dimension 40 on, and v    615   17.5  13.4  memory
 //  1           S8: units 382..397; (1)                                       164    4.7   4.4  memory
-//  ATTEND      S3: rotates q[0] with q[10]                                                1.7  (d)
-//              S5: dimensions 0..7 of tokens 64, 84, 104, 124; after (e)      20    0.6        (e)
-//              merges dimension 0 of 10 warps, pushes o, m, l to rank 0
-//  2           S8: units 398..413; (2)                                       164    4.7   3.6  memory
-//  OUT, UNITS  S6, S7: output rows 440..479; S8: units 414..416              236    6.8   6.9  memory
+//  ATTEND      S3: rotates q[0] with q[10]; S4: 160 threads append k and v                1.7  (d)
+//              S5: dimensions 0..7 of tokens 64, 84, 104, 124; warp 9         20    0.6        (e)
+//              adds the new one; merges o[0] of 10 warps, pushes it to rank 0
+//  2           S8: units 398..413; (2)                                       164    4.7   3.5  memory
+//  OUT, UNITS  S6, S7: output rows 440..479; S8: units 414..416              236    6.7   7.0  memory
 //  3           S9: pushes y[0..7] to rank 0; (3)                                          0.6  peer's sums
 //  ADDED       S9: adds columns 1280, 1600, 1920, 2240 of the sum to x                    0.4  L2
-//  START       (4): being thread 0, polls columns 2558 and 2559 of x                      2.8  other blocks
-//  a layer                                                                  1199   34.5  35.9
+//  START       (4): being thread 0, polls columns 2558 and 2559 of x                      3.6  other blocks
+//  a layer                                                                  1199   34.1  36.0
 //
-// All blocks' bytes need 34.1 us at the 4.65 TB/s of that GPU. Of the wait at (4), 1.5 us pass until the last
-// block has added, 1.3 until all know; the producer goes on meanwhile, so S2 takes less than its share.
+// Of the 3.6 us at (4), 1.0 pass until the last block has added, 1.8 until the first knows that x is whole,
+// 0.8 until this one does. From the last unit to the end of S2 19.5 us pass, for 17.5 of bytes: for 6.1 no
+// stage is freed, and the ring holds 5.8. After S2 a step takes its share, or the next makes up for it.
 
 // tokens: how many to make, fewer where the cache ends; 0: first_layer..last_layer - 1 alone, no LM head.
-// Every thread keeps token, position, turn, arrivals and steps for itself; all have the same.
+// Every thread keeps token, position, steps and made for itself; all have the same.
 __global__ void __launch_bounds__(WORKERS + 32, 1)
 fused_block(const __grid_constant__ Model m, const int first_layer, const int last_layer, const int tokens) {
   extern __shared__ __align__(128) uint8_t raw[];
   Shared& s = *reinterpret_cast<Shared*>(raw);
   State& state = *m.state;
-  int token = state.token, position = state.position, turn = state.turn;
-  unsigned arrivals = state.arrivals, steps = state.steps;
+  int token = state.token, position = state.position;
+  unsigned steps = state.steps, made = state.made;
   const int end = min(position + max(tokens, 1), CTX);
   if (position >= end) return;  // no row left in the cache: all blocks leave, and nothing changes
 
@@ -1170,7 +1104,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 
   const Plan& plan = s.plan;
   Worker w{m, s};
-  const bool is_first = blockIdx.x == 0 && w.tid == 0;  // of all threads
+  const bool is_thread_0 = blockIdx.x == 0 && w.tid == 0;  // of the grid
   Columns x, xn1, xn2;
   long long *x_now = m.residual + steps % 2 * C, *x_next = m.residual + (steps + 1) % 2 * C;
   const bool carries = 2 * w.carried < C;
@@ -1182,9 +1116,8 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     if (w.tid == 0) s.layer = layer;
     if (layer == 0) w.read_embedding(token, x);
     else {
-      const unsigned count = plan.clusters + 1 + steps / 2 % 2 * LAP;
-      w.wait_for_x(x_now, count);                                       // (4)
-      MARK(MARK_START);
+      const unsigned count = plan.clusters + 1 + lap(steps);
+      w.wait_for_x(x_now, count); MARK(MARK_START);                     // (4)
       w.read_residual(x_now, count, x);                                 // S0, (4)
     }
     if (layer == last_layer && tokens == 0) break;
@@ -1192,22 +1125,22 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     w.affine(x, norms.w1, norms.b1, xn1);
 
     if (layer == L) {
-      if (is_first) state.best[turn ^ 1] = 0;          // chapter 4: all have read it
+      if (is_thread_0) state.best[(made + 1) % 2] = 0; // chapter 4: all have read it
       if (position + 1 < end) {                        // plan, angles: all have used them before (a)
         if (w.tid == 0) s.plan = make_plan(blockIdx.x, gridDim.x, position + 1);
         load_rope(m, s, position + 1, WORKERS);
       }
-      w.lm_head(xn1, turn);                                             // S10
+      w.lm_head(xn1, made % 2);                                         // S10
       norms = w.load_norms(0);
-      w.grid_barrier(arrivals += gridDim.x);                            // (5)
+      w.grid_barrier((made + 1) * gridDim.x);                           // (5)
       if (w.tid == 0) barrier_arrive(&s.token_ready);                   // (h)
-      token = w.chosen(turn);
-      if (is_first) m.history[position] = token;
-      turn ^= 1, position++, layer = 0;
+      token = w.chosen(made % 2);
+      if (is_thread_0) m.history[position] = token;
+      made++, position++, layer = 0;
       continue;
     }
 
-    w.carry(layer, token, x_next, (steps + 1) / 2 % 2 * LAP);           // S9
+    w.carry(layer, token, x_next, lap(steps + 1));                      // S9
     w.affine(x, norms.w2, norms.b2, xn2);
     const Columns& xn = MUTANT == 2 ? xn1 : xn2;
     for (int i = 0; i < COLS; i++) {
@@ -1219,39 +1152,29 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 
     int unit = plan.first_unit;
     for (int h = plan.cluster; h < NH; h += plan.clusters) {
-      if (w.tid == 0) barrier_expect(&s.slice_ready, sizeof(s.slice_o) + sizeof(s.slice_ml));  // (2)
-      w.qkv_rows(xn1, h);                                               // S2
-      MARK(MARK_QKV);
+      w.qkv_rows(xn1, h); MARK(MARK_QKV);                               // S2
       w.units(xn, unit, min(unit + plan.filler, plan.last_unit));       // S8, while q, k, v travel
-      unit = min(unit + plan.filler, plan.last_unit);
-      if (MUTANT != 9) wait(m, s, &s.qkv_ready, w.head_parity, SYNC_QKV);       // (1)
+      wait(m, s, &s.qkv_ready, w.head_parity, SYNC_QKV);                // (1)
       MARK(MARK_1);
       w.rotate_and_append(layer, h, position);                          // S3, S4
-      w.attend();                                                       // S5
-      MARK(MARK_ATTEND);
+      w.attend(); MARK(MARK_ATTEND);                                    // S5
       w.units(xn, unit, min(unit + plan.filler, plan.last_unit));       // S8, while m, l, o travel
-      unit = min(unit + plan.filler, plan.last_unit);
-      if (MUTANT != 10) wait(m, s, &s.slice_ready, w.head_parity, SYNC_SLICE);  // (2)
+      wait(m, s, &s.slice_ready, w.head_parity, SYNC_SLICE);            // (2)
       w.head_parity ^= 1;
       MARK(MARK_2);
-      w.out_rows(h);                                                    // S6, S7
-      MARK(MARK_OUT);
+      w.out_rows(h); MARK(MARK_OUT);                                    // S6, S7
     }
-    w.units(xn, unit, plan.last_unit);                                  // S8
-    MARK(MARK_UNITS);
-    w.cluster_reduce();                                                 // S9, (3)
-    MARK(MARK_3);
+    w.units(xn, unit, plan.last_unit); MARK(MARK_UNITS);                // S8
+    w.cluster_reduce(); MARK(MARK_3);                                   // S9, (3)
     w.add_to_residual(x_next);
-    norms = w.load_norms(layer + 1);
-    MARK(MARK_ADDED);
+    norms = w.load_norms(layer + 1); MARK(MARK_ADDED);
     long long* const x_last = x_now;
     x_now = x_next, x_next = x_last, w.own_next = w.own_now, steps++, layer++;
   }
   if (w.lane == 0) barrier_arrive(&s.workers_done);
   if (carries) x_next[2 * w.carried] = x_next[2 * w.carried + 1] = 0;  // all have read it
-  if (is_first) {  // all have added to the x of the last (4), so have read these
-    state.token = token, state.position = position, state.steps = steps;
-    state.turn = turn, state.arrivals = arrivals;
+  if (is_thread_0) {  // all have added to the x of the last (4), so have read these
+    state.token = token, state.position = position, state.steps = steps, state.made = made;
   }
 }
 
@@ -1273,8 +1196,7 @@ static cudaLaunchConfig_t configure(cudaLaunchAttribute (&attributes)[2], int cl
 // 10. Binding: plain C, called through ctypes. Functions return NULL, or what went wrong. =================
 #define CHECK(call) do { const cudaError_t e = (call); if (e) return cudaGetErrorString(e); } while (0)
 
-// How many clusters the current device holds at once, each on multiprocessors of one group of the chip (GPC):
-// with clusters of 4 or 8 some are left over. The occupancy query takes the cluster attribute only.
+// How many clusters the device holds at once; the occupancy query takes the cluster attribute only.
 extern "C" const char* fused_prepare(int* clusters) {
   int device, multiprocessors;
   cudaLaunchAttribute attributes[2];
@@ -1294,7 +1216,7 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
   if (first_layer < 0 || first_layer >= last_layer || last_layer > L || tokens < 0 ||
       (tokens > 0 && last_layer < L) || (tokens > 1 && first_layer > 0))
     return "no such range of layers: take 0 <= first < last <= L; several tokens need all layers";
-  if (clusters * K * WORKERS < C / 2) return "too few blocks: some words of x would have no carrier";
+  if (clusters * K * WORKERS < C / 2) return "too few blocks to carry x: launch more clusters";
   const Model& m = *reinterpret_cast<const Model*>(pointers);
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configure(attributes, clusters, stream);

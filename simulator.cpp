@@ -142,7 +142,6 @@ uint32_t address(int block, const void* own) {
 uint8_t* at(uint32_t address) { return blocks[address >> 18].shared + address % (1 << 18); }
 
 uint32_t __cvta_generic_to_shared(const void* p) { return address(blockIdx.x, p); }
-int thread_again() { return threadIdx.x; }
 uint32_t peer(const void* own, int rank) { return address(blockIdx.x / CLUSTER * CLUSTER + rank, own); }
 
 struct Mbarrier { int bytes : 31; unsigned phase : 1; uint16_t arrivals, missing; };
@@ -159,11 +158,10 @@ void count(void* barrier, int bytes, int arrivals) {
 void barrier_init(uint64_t* b, int n) { *(Mbarrier*)b = {0, 0, (uint16_t)n, (uint16_t)n}; }
 void barrier_arrive(uint64_t* b) { count(b, 0, 1); }
 void barrier_expect(uint64_t* b, uint32_t bytes) { count(b, bytes, 1); }
-bool barrier_open(uint64_t* b, uint32_t parity) {
+bool barrier_open(uint64_t* b, uint32_t parity, bool = false) {
   if (((Mbarrier*)b)->phase == parity) yield();
   return ((Mbarrier*)b)->phase == parity;
 }
-bool pushes_open(uint64_t* b, uint32_t parity) { return barrier_open(b, parity); }
 void barriers_exist() {}
 void cluster_sync() { meet(clusters[blockIdx.x / CLUSTER], CLUSTER * 32 * block().warps.size()); }
 
@@ -193,7 +191,6 @@ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint6
 
 void order_copies() {}
 longlong2 load_relaxed(const long long* p) { yield(); return {p[0], p[1]}; }
-unsigned long long load_relaxed(const unsigned long long* p) { yield(); return *p; }
 void add_relaxed(long long* p, long long v) {
   (slow ? later : late).push_back([=] { *p += v; });
 }
