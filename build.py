@@ -4,7 +4,8 @@
     python build.py --compile-only --arch sm_90a            compile all ten shapes; needs nvcc, but no GPU
 
 The kernel's shape is a set of compile-time constants. Libraries are kept where torch keeps its extensions
-(TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions), one for each source, set of flags, and version of torch.
+(TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions), one for each source, set of flags, and version of torch
+and CUDA.
 """
 import ctypes
 import fcntl

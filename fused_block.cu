@@ -125,11 +125,11 @@
 //     (1) q, k, v    S3       m, l, o of this head, after (d)                 (2)
 //     (2) m, l, o    S6       each team rows of the next head's q, k, v, or y (1), or (3)
 //     (3) parts of y S9       each thread the sums of columns that it read    (4), where all are read
-// (A team with output rows has rows of q, k, v too; what others find in (2)'s inbox they do not use.)
+// (A team that has output rows also has rows of q, k, v. Other teams read (2)'s inbox, but use none of it.)
 // Likewise nobody adds to a buffer of x, or clears `best`, before all have read it: he has passed a (4), for
-// which all had to add what they made of it. And no phase of an mbarrier completes before all who wait for
-// the one before have seen it, so one bit, the parity, tells which it is in: (2) needs this block's own m, l,
-// o, which come after (d); at (h) only the producer waits, without whose copies no worker reaches the next.
+// which all had to add what they made of it. One bit, the parity, tells the phase of an mbarrier, as none
+// completes before all have seen the one before: (2) needs this block's own m, l, o, from after (d); at (h)
+// only the producer waits, and without its copies no worker reaches the next.
 //
 // No block leaves while pushes fly, its own or a peer's: it leaves after a (4) or (5), before which every
 // block has waited for all of its bytes of (1), (2) and (3). Leave out any one sync but (g) after (4), and
@@ -176,7 +176,8 @@ constexpr int KV_TOKENS = STAGE_BYTES / (4 * HS);  // cached tokens in a stage: 
 constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // lanes for a token [16]
 constexpr int WARP_TOKENS = 32 / TOKEN_LANES;      // [2]
 
-// The ring gets what shared memory has left: these are the bytes of Shared beside it, rounded up.
+// The ring gets what shared memory has left. Beside it are x, sums and part_o; 25 * HS bytes of qkv, slice_o,
+// q, k_new, v_new and angles; dots, stats, part_m and part_l; 384 for the rest.
 constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS + 25 * HS / 4 + (2 * R + 4) * WARPS) + 384;
 constexpr int STAGES = (SHARED_BYTES - FIXED_BYTES) / (STAGE_BYTES + 2 * BIAS_HALFS + 16);  // [10]: 205 KB
 
@@ -208,7 +209,7 @@ struct State {  // global memory, kept between launches; the first four read bef
   int token;                   // the next to be read: the last argmax, or -1 if its logit is not finite
   int position;                // tokens in the cache
   unsigned steps;              // layers so far; if odd, x is in the second residual buffer
-  unsigned made;               // tokens so far, in grids of one size; picks `best`, tells (5)
+  unsigned made;               // tokens so far; all grids of a State have one size, for (5)
   unsigned counter;            // (5): grows by one a block and token; never reset
   unsigned long long best[2];  // largest logit so far, with its token, see S10; the other of the two is 0
 };
@@ -294,7 +295,7 @@ enum Mark { MARK_START, MARK_NORM, MARK_QKV, MARK_1, MARK_ATTEND, MARK_2, MARK_O
 #endif
 
 // 5. Toolbox: a function for each PTX instruction that CUDA C++ has no word for ===========================
-// "memory" keeps the compiler from moving other reads and writes across the wait that they rely on.
+// "memory" forbids the compiler to move reads and writes across the instruction: data could be read too soon.
 
 // Shared-memory addresses as the instructions below want them: 32 bits, in this block's window, not 64.
 __device__ uint32_t smem(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
@@ -358,7 +359,7 @@ __device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* 
   "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
       :: "r"(smem(to)), "l"(from), "r"(bytes), "r"(smem(full)), "l"(policy) : "memory");
 }
-// Bulk copies, another way to memory (a proxy), find what threads have stored and this one has acquired.
+// Bulk copies reach memory by another path (a proxy). After this they see all that this thread has acquired.
 __device__ void order_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // Global memory that other blocks write. Relaxed: not ordered, but read in L2, where additions are made: a
@@ -382,7 +383,7 @@ __device__ unsigned load_acquire(const unsigned* counter) {
   return v;
 }
 
-// 16 bytes that no launch writes (.nc). The compiler would move a plain load, and the wait, to its first use.
+// 16 bytes that no launch writes (.nc), loaded here. A plain load the compiler would move to its first use.
 __device__ uint4 load16(const half* p) {
   uint4 v;
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -404,7 +405,8 @@ __device__ unsigned long long global_ns() {
 }
 
 // Every launch ends: the first to wait longer than PATIENCE reports for what, in host memory that outlives
-// it; its trap ends all blocks and the CUDA context. For (F) the producer gives up, for (g) who polls.
+// it; its trap ends all blocks and the CUDA context. At (F) the producer gives up for the workers, at (g) the
+// thread that polls does.
 constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
 __device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int seen) {
   if (atomicCAS_system(&failure->sync, 0, sync) != 0)
@@ -1023,7 +1025,7 @@ struct Worker {  // one thread's view
 
   // S10 LM HEAD: logits = rows @ LNf(x), token = argmax
   //   owner   a block has rows lm_head_row(block)..lm_head_row(block + 1) - 1
-  //   bytes   V * C * 2 / 132, 1.95 MB, 56 us     syncs   after (4); (F) (E) a stage; (c) a tile; then (5)
+  //   bytes   V * C * 2 / 132, 1.95 MB, 55 us     syncs   after (4); (F) (E) a stage; (c) a tile; then (5)
   //   why     packed into 64 bits, (logit, token) is ordered by logit, then by smaller token, NaN above all
   //           as in torch; and an integer maximum does not depend on the order in which blocks arrive
   __device__ void lm_head(const Columns& x, int turn) {
@@ -1043,7 +1045,8 @@ struct Worker {  // one thread's view
     if (lane == 0) atomicMax(&m.state->best[turn], best);
   }
 
-  // S10's token, after (5); -1 if its logit is not finite: in that order, not from -FLT_MAX to FLT_MAX.
+  // S10's token; -1 if its logit is not finite: beyond -FLT_MAX..FLT_MAX in that order. (5) acquired `best`,
+  // and (g) passes that on to all threads of the block, so a plain load will do.
   __device__ int chosen(int turn) const {
     const unsigned long long best = m.state->best[turn];
     const bool finite = (uint32_t)(best >> 32) - (1u << 23) < 0xffu << 24;
@@ -1068,12 +1071,12 @@ struct Worker {  // one thread's view
 //  OUT, UNITS  S6, S7: output rows 440..479; S8: units 414..416              236    6.7   7.0  memory
 //  3           S9: pushes y[0..7] to rank 0; (3)                                          0.6  peer's sums
 //  ADDED       S9: adds columns 1280, 1600, 1920, 2240 of the sum to x                    0.4  L2
-//  START       (4): being thread 0, polls columns 2558 and 2559 of x                      3.6  other blocks
-//  a layer                                                                  1199   34.1  36.0
+//  START       (4): being thread 0, polls columns 2558 and 2559 of x                      3.7  other blocks
+//  a layer                                                                  1198   34.0  36.0
 //
-// Of the 3.6 us at (4), 1.0 pass until the last block has added, 1.8 until the first knows that x is whole,
-// 0.8 until this one does. From the last unit to the end of S2 19.5 us pass, for 17.5 of bytes: for 6.1 no
-// stage is freed, and the ring holds 5.8. After S2 a step takes its share, or the next makes up for it.
+// Of the 3.7 us at (4), 1.0 pass until the last block has added, 1.8 until the first knows that x is whole,
+// 0.8 until this one does. From the last unit to the end of S2 it is 19.5 us, of which bytes need 17.5. In
+// the first 6.1 no stage is freed: copies go on for the 5.8 that the ring holds. Later steps lose no more.
 
 // tokens: how many to make, fewer where the cache ends; 0: first_layer..last_layer - 1 alone, no LM head.
 // Every thread keeps token, position, steps and made for itself; all have the same.
@@ -1228,12 +1231,12 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
 // 1. K: cluster=1 and cluster=4 (python bench.py --ablate). Expect 1 to take 28 % longer, as a head's rows
 // all fall to one block, and 4 as long as 2, though fewer blocks fit. Which of (1), (2), (3) takes longer?
 // 2. build.py: ROWS 4 and 16 instead of 8. With 4, reductions come twice as often; with 16, the ring is two
-// tiles, 4 stages of 40 KB, and the producer one tile ahead at most. Expect 4 to cost 2 %, 16 far more.
+// tiles, 4 stages of 40 KB, and the producer one tile ahead at most. Expect 4 to cost 3 %, 16 far more.
 // 3. make_plan: filler = 0. The bits of y change, as every thread adds in another order. The block of a head
 // takes longer by what (1) and (2) take to travel; how much is that of a token?
-// 4. build.py: attention_kib = 96. By the bytes that move, expect blocks with a head to add to x 1.5 us
+// 4. build.py: attention_kib = 96. By the bytes that move, expect blocks with a head to add to x 1.4 us
 // earlier, the others 1.4 us later, and a token to take as long; with 2000 tokens cached, 2 % longer. pace =
-// 2**20, which is none: expect 1 % in 2.8b, 8 % in 1b.
+// 2**20, which is none: expect 1 % in 2.8b, 9 % in 1b.
 // 5. wait_for_x: leave it out. The bits stay, as all check what they read; expect a token to take 5 % longer,
 // as all poll. Or leave out the check: how often do the bits change, why do some launches not end (carry)?
 // 6. dot_tile: leave out `flip ^= 1`, so that all tiles share one half of `dots`. Find the interleaving of

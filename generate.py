@@ -30,8 +30,8 @@ def arguments(argv):
     either("--revision", metavar="REV",
         help="training checkpoint of a Hub model, step0 to step143000 (default: the last)")
     either("--random", action="store_true",
-        help="random weights in the size --model: no download and no tokenizer, so the prompt's bytes are taken "
-             "as token ids, and ids are printed")
+        help="random weights in the size --model: no download and no tokenizer, so the prompt's bytes are "
+             "taken as token ids, and ids are printed")
     add("--prompt", default="When Elizabeth saw the sea for the first time, she", metavar="TEXT",
         help="text to continue, or - to read it from standard input (default: %(default)r)")
     add("--tokens", type=int, default=200, metavar="N", help="new tokens, at most (default: %(default)s)")

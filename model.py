@@ -234,7 +234,7 @@ class Pythia(nn.Module):
         return self.decode(tokens.to(self.embed_in.device), steps, sampler, fused)
 
     def decode(self, tokens, steps, sampler, fused):
-        """Yields what `choices` does, up to the token that ends a text."""
+        """What `choices` yields, up to the token that ends a text; Refused at logits that are not finite."""
         for token in self.choices(tokens, steps, sampler, fused):
             if token < 0:
                 raise Refused(f"the logits are not finite in {self.embed_out.dtype}: take dtype float32 or "
@@ -418,7 +418,7 @@ def read_config(name, revision):
 def read_files(name, revision, config):
     """A checkpoint's tensors {name: w}, on the CPU: mapped from the disk, but for old forms of .bin.
 
-    Raises Refused for numbers that are no floating-point ones, and files cut off or too small for `config`.
+    Raises Refused for tensors that are not floating-point, and for files cut off or too small for `config`.
     """
     from transformers.modeling_utils import load_state_dict
     from transformers.utils import cached_file
@@ -429,7 +429,8 @@ def read_files(name, revision, config):
             break
     else:
         raise FileNotFoundError("it has neither model.safetensors nor pytorch_model.bin")
-    weights, unused = {}, (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")  # of 2023
+    unused = ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"  # in files of 2023
+    weights, places = {}, set()
     for part in get_checkpoint_shard_files(name, path, revision=revision)[0] if "index" in file else [path]:
         if part.endswith(".safetensors"):
             check_length(name, part)
@@ -438,9 +439,12 @@ def read_files(name, revision, config):
                 continue
             if not w.is_floating_point() or w.dtype == torch.float4_e2m1fn_x2:  # which torch cannot convert
                 raise Refused(f"{name} has {key} in {w.dtype}: take a checkpoint in {', '.join(DTYPES)}")
-            if (size := w.untyped_storage().nbytes()) < w.nbytes:
+            if (size := 0 if w.is_meta else w.untyped_storage().nbytes()) < w.nbytes:
                 raise Refused(f"{name} has {key} of {w.nbytes} bytes, but stores only {size} of them: fetch "
                               "its files again")
+            if w.data_ptr() in places:                        # one of two would be transposed with the other
+                w = w.clone()
+            places.add(w.data_ptr())
             weights["lm_head.weight" if key == "embed_out.weight" else key] = w.detach().contiguous()
     stored = sum(w.numel() for w in weights.values())
     if config.weights > 2 * stored:                                            # else what is wrong has a name
@@ -450,7 +454,7 @@ def read_files(name, revision, config):
 
 
 def check_length(name, path):
-    """Refuses a .safetensors file that ends before its header says, by a tensor that is cut.
+    """Refuses a .safetensors file that ends before its header says, and names a tensor that is cut.
 
     The file (github.com/huggingface/safetensors, "Format"): 8 bytes, little-endian, the header's length in
     bytes; the header, JSON {tensor: {"data_offsets": [begin, end], ...}}; the bytes that the offsets count.
@@ -471,7 +475,7 @@ def check_length(name, path):
 
 @contextmanager
 def loading(name, revision):
-    """Turns what transformers raises over a checkpoint into Refused."""
+    """Turns whatever is raised over a checkpoint's files into Refused."""
     try:
         yield
     except Refused:
