@@ -606,7 +606,7 @@ struct Producer {
         const int qkv = h * 3 * HS + plan.rank * QKV_ROWS, out = h * HS + plan.rank * OUT_ROWS;
         rows(w.w_qkv, w.b_qkv, qkv, qkv + QKV_ROWS);
         units(w, unit, min(unit + plan.filler, plan.last_unit));
-        if (!is_first && layer == 0 && h == plan.cluster) {  // the token before is one of the cached, now
+        if (!is_first && layer == 0 && h == plan.cluster) {  // the token before, made here, is cached
           wait(m, s, &s.token_ready, token_parity, SYNC_TOKEN);  // (h)
           token_parity ^= 1;
           order_copies();
