@@ -505,7 +505,7 @@ ring      {k.STAGES} stages, {ring / 1024:.0f} of {k.SHARED_BYTES / 1024:.0f} Ki
 
 floor     a layer {layer / 1e6:.2f} MB, {layer * us:.2f} us; K/V {4 * k.C * position / 1e6:.2f} MB of it
           a token {token / 1e6:.1f} MB, {token * us:.1f} us; LM head {2 * k.V * k.C / 1e6:.1f} MB of it
-          at the {READ_CEILING / 1e12} TB/s that an H200 reads
+          at the {READ_CEILING / 1e12} TB/s that the H200 in results/ reads
 expected  {expected_us(config, position):.0f} us a token on an H200, by a fit: see expected_us in emulator.py
 
 a layer:

@@ -340,7 +340,7 @@ __device__ bool barrier_open(uint64_t* b, uint32_t parity, bool by_peers = false
   else asm volatile(TRY_WAIT("cta") : "=r"(open) : "r"(smem(b)), "r"(parity) : "memory");
   return open;
 }
-// Peers and the copy engine see the barriers initialised so far; without it they may count on garbage.
+// Peers and bulk copies see the barriers initialised so far; without it they may count on garbage.
 __device__ void barriers_exist() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ void cluster_sync() {  // all threads of all blocks of the cluster meet
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
@@ -348,7 +348,7 @@ __device__ void cluster_sync() {  // all threads of all blocks of the cluster me
 
 // Bulk copy (TMA), global to shared: `full` counts its bytes. Addresses and size are multiples of 16. Loads
 // by the workers would need registers for a whole ring. The policy lets L2 evict these bytes first: nobody
-// reads them again before the next token, and they would drive out x, which everybody reads.
+// reads them again before the next token, unlike x, which everybody reads.
 __device__ uint64_t read_once_policy() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -362,8 +362,8 @@ __device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* 
 // Bulk copies reach memory by another path (a proxy). After this they see all that this thread has acquired.
 __device__ void order_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-// Global memory that other blocks write. Relaxed: not ordered, but read in L2, where additions are made: a
-// word's count and sum are of one moment. A plain load may find an earlier layer's x in L1.
+// Global memory that other blocks write. Relaxed: not ordered, but read in L2, where additions are made:
+// each word's count and sum are of one moment. A plain load may find an earlier layer's x in L1.
 __device__ longlong2 load_relaxed(const long long* p) {
   longlong2 v;
   asm volatile("ld.relaxed.gpu.global.v2.s64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p));

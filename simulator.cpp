@@ -79,7 +79,6 @@ struct Fiber {
   bool begun = false, ended = false;
 };
 
-
 constexpr int SHARED = SHARED_BYTES, STACK = 1 << 16;  // bytes
 std::vector<Block> blocks;
 std::vector<Barrier> clusters;

@@ -206,7 +206,8 @@ def save_bin(folder, state):
 
 def of_2023(folder, state):
     """Names, buffers and config fields as in the files of 2023, when Pythia came out."""
-    state["embed_out.weight"] = state.pop("lm_head.weight")
+    head = next(name for name in state if not name.startswith("gpt_neox."))  # by transformers' version
+    state["embed_out.weight"] = state.pop(head)
     for i in range(2):
         prefix = f"gpt_neox.layers.{i}.attention."
         state[prefix + "bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
