@@ -174,8 +174,8 @@ constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  
 constexpr int WARP_TOKENS = 32 / TOKEN_LANES;      // [2]
 
 // The ring gets what shared memory has left. Beside it are x, sums and part_o; 25 * HS bytes of qkv, slice_o,
-// q, k_new, v_new and angles; dots, stats, part_m, part_l and vote; 416 for the rest.
-constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS + 25 * HS / 4 + (2 * R + 14) * WARPS) + 416;
+// q, k_new, v_new and angles; dots, stats, part_m, part_l and votes; 512 for the rest.
+constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS + 25 * HS / 4 + (2 * R + 8) * WARPS) + 512;
 constexpr int STAGES = (SHARED_BYTES - FIXED_BYTES) / (STAGE_BYTES + 2 * BIAS_HALFS + 16);  // [10]: 205 KB
 
 static_assert(C % 128 == 0, "a row is dealt out to half-warps, 16 bytes a lane: C must be a multiple of 128");
@@ -202,24 +202,21 @@ struct Layer {  // weights, fp16, read only; the matrices are rows of C (see mod
   const half *w_down, *b_down;                // [F] rows, [C]
 };
 
-// What all blocks agree on at (5). Maxima and sums of integers do not depend on who comes first.
-struct Vote {
-  unsigned long long best;    // the largest rank of a token (rank_of)
-  unsigned long long drawn;   // the largest key, ranked alike, of the tokens that are ranked before the candidate
-  unsigned long long mass;    // the sum of exp((logit - largest) / temperature) over all tokens, in 2^-40
-  unsigned long long before;  // the same over tokens ranked before the candidate
-  unsigned long long count;   // how many these are
-};
-
 constexpr int KEPT = 4, GROUPS = TEAM / R;  // logits that a thread keeps, at most; threads that keep the same row
+
+struct alignas(16) Maxima {      // what a vote finds
+  unsigned long long best;       // the largest rank of a token (rank_of)
+  unsigned long long drawn;      // the largest key, ranked alike
+};
 
 struct State {  // global memory, kept between launches; the first four read before (0), written at the end
   int token;         // the next to be read: the last one chosen, or -1 if the logits are not finite
   int position;      // tokens in the cache
   unsigned steps;    // layers so far; if odd, x is in the second residual buffer
-  unsigned votes;    // votes so far; all grids of a State have one size, for (5)
+  unsigned votes;    // for maxima, so far; all grids of a State have one size, for (5)
   unsigned counter;  // (5): grows by one a block and vote; never reset
-  Vote vote[3];      // vote n uses element n % 3, and n clears the next
+  Maxima maxima[3];  // vote n uses element n % 3, and clears the next
+  longlong2 sums[2]; // (6): words that grow and count their additions; sum n uses element n % 2
 };
 
 struct Settings {  // of the sampler, written by the host
@@ -286,7 +283,10 @@ struct alignas(128) Shared {                        // bytes      what; writer -
   float rope_cos[ROT / 2], rope_sin[ROT / 2];       // 80         (0) (f) of this position; until S10
   Plan plan;                                        // 44         (0) (f) this block's; until S10
   Share rows;                                       // 20         (0) this block's rows of the LM head
-  Vote vote[WARPS];                                 // 400        (f) of a warp; S10 -> S10; next (g)
+  ulonglong2 votes[WARPS], agreed;                  // 176        (f) of a warp, (g) of all; S10 -> S10; next (f)
+  longlong2 sums_before[2];                         // 32         State::sums after the sum before; thread 0's
+  Settings settings;                                // 24         (0)
+  float candidate;                                  // 4          (g) the logit of the token in agreed
   int layer;                                        // 4          for the report of a failure
   uint64_t full[STAGES], empty[STAGES];             // 160        (F), (E)
   uint64_t qkv_ready, slice_ready, sums_ready;      // 24         (1), (2), (3)
@@ -527,6 +527,16 @@ __device__ int token_of(unsigned long long rank) { return (int)~(uint32_t)rank; 
 __device__ float logit_of(unsigned long long rank) {
   const uint32_t order = rank >> 32;
   return __int_as_float(order >> 31 ? order & ~(1u << 31) : ~order);
+}
+
+// Over the lanes of a warp: the largest v, and the sum, of v below 2^44.
+__device__ unsigned long long warp_max(unsigned long long v) {
+  const uint32_t high = __reduce_max_sync(~0u, (uint32_t)(v >> 32));
+  return (unsigned long long)high << 32 | __reduce_max_sync(~0u, v >> 32 == high ? (uint32_t)v : 0);
+}
+__device__ unsigned long long warp_sum(unsigned long long v) {
+  const uint32_t low = __reduce_add_sync(~0u, (uint32_t)v % (1 << 20));
+  return ((unsigned long long)__reduce_add_sync(~0u, (uint32_t)(v >> 20)) << 20) + low;
 }
 
 // Philox4x64-10 (Salmon et al., SC11), as numpy has it: four 64-bit words for each count of four tokens.
@@ -1067,42 +1077,56 @@ struct Worker {  // one thread's view
     add_relaxed(x_next + c + 1, to_word(x.y + out.y + down.y) + lap - (unsigned long long)own_next.y);
   }
 
-  // (5) A vote of all blocks. Each brings what its threads have found, and gets what all have found together.
-  // The counter only grows: nothing to reset, no phase to mix up; the difference is right where it wraps.
-  __device__ Vote vote(Vote mine, unsigned& votes) const {
-    Vote* const votes_of_all = m.state->vote;
-    Vote& all = votes_of_all[votes % 3];
-    if (blockIdx.x == 0 && tid == 0) votes_of_all[(votes + 1) % 3] = {};  // last read before the vote before
-    merge_lanes(mine);
-    if (lane == 0) s.vote[warp] = mine;
+  // (5) VOTE: the maxima over all threads of the grid, in s.agreed. The counter only grows: nothing to reset, no
+  // phase to mix up; the difference is right where it wraps.
+  __device__ void vote(unsigned long long best, unsigned long long drawn, unsigned& votes) const {
+    best = warp_max(best), drawn = warp_max(drawn);
+    if (lane == 0) s.votes[warp] = {best, drawn};
     workers_sync();  // (f)
-    if (warp == 0) {
-      mine = lane < WARPS ? s.vote[lane] : Vote{};
-      merge_lanes(mine);
-    }
-    votes++;
     if (tid == 0) {
-      atomicMax(&all.best, mine.best), atomicMax(&all.drawn, mine.drawn);
-      if (mine.mass) atomicAdd(&all.mass, mine.mass);
-      if (mine.count) atomicAdd(&all.before, mine.before), atomicAdd(&all.count, mine.count);
+      for (int w = 1; w < WARPS; w++) best = max(best, s.votes[w].x), drawn = max(drawn, s.votes[w].y);
+      Maxima& all = m.state->maxima[votes % 3];
+      atomicMax(&all.best, best), atomicMax(&all.drawn, drawn);
+      if (blockIdx.x == 0) m.state->maxima[(votes + 1) % 3] = {0, 0};  // all have read it before the last vote
       unsigned* counter = &m.state->counter;
-      const unsigned target = votes * gridDim.x;
+      const unsigned target = (votes + 1) * gridDim.x;
       arrive_release(counter);  // (5)
       const long long start = clock64();
       for (unsigned seen; (int)((seen = load_acquire(counter)) - target) < 0;)  // (5)
         if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_GRID, s.layer, target - seen);
+      const longlong2 found = load_relaxed((const long long*)&all);
+      s.agreed = {(unsigned long long)found.x, (unsigned long long)found.y};
+      if (s.settings.temperature > 0) s.candidate = load_relaxed(m.logits + token_of(found.y));
+    }
+    votes++;
+    workers_sync();  // (g)
+  }
+
+  // (6) SUM: of a and b over all threads of the grid, in s.agreed. As with x, the words count their additions.
+  // They only grow, so what they held before is taken away; of two in turn no block adds to one too early.
+  __device__ void sum(unsigned long long a, unsigned long long b, int turn) const {
+    a = warp_sum(a), b = warp_sum(b);
+    if (lane == 0) s.votes[warp] = {a, b};
+    workers_sync();  // (f)
+    if (tid == 0) {
+      for (int w = 1; w < WARPS; w++) a += s.votes[w].x, b += s.votes[w].y;
+      long long* const words = &m.state->sums[turn].x;
+      add_relaxed(words, (long long)(a << COUNT_BITS | 1));
+      add_relaxed(words + 1, (long long)(b << COUNT_BITS | 1));
+      longlong2& before = s.sums_before[turn];
+      const long long start = clock64();
+      longlong2 now;
+      while (true) {
+        now = load_relaxed(words);  // (6)
+        const unsigned lack = (gridDim.x - (unsigned)(now.x - before.x)) | (gridDim.x - (unsigned)(now.y - before.y));
+        if (lack % (1 << COUNT_BITS) == 0) break;
+        if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_GRID, s.layer, lack % (1 << COUNT_BITS));
+      }
+      s.agreed = {(unsigned long long)(now.x - before.x) >> COUNT_BITS,
+                  (unsigned long long)(now.y - before.y) >> COUNT_BITS};
+      before = now;
     }
     workers_sync();  // (g)
-    return all;  // (5) acquired it, and (g) passes that on to all threads of the block: plain loads will do
-  }
-  __device__ static void merge_lanes(Vote& v) {
-    for (int w = 16; w >= 1; w /= 2) {
-      v.best = max(v.best, __shfl_xor_sync(~0u, v.best, w));
-      v.drawn = max(v.drawn, __shfl_xor_sync(~0u, v.drawn, w));
-      v.mass += __shfl_xor_sync(~0u, v.mass, w);
-      v.before += __shfl_xor_sync(~0u, v.before, w);
-      v.count += __shfl_xor_sync(~0u, v.count, w);
-    }
   }
 
   // S10 LM HEAD: logits = rows @ LNf(x)
@@ -1112,82 +1136,86 @@ struct Worker {  // one thread's view
     const int i = (k * GROUPS + piece / R) * TILE_ROWS;
     return i + row < s.rows.count ? s.rows.at(i) + row : V;
   }
-  __device__ void lm_head(const Columns& x, float (&logits)[KEPT]) {
-    for (int i = 0; i < s.rows.count; i += TILE_ROWS) {
-      const float logit = dot_tile(x, min(TILE_ROWS, s.rows.count - i), 0, false);
+  __device__ void lm_head(const Columns& x, int position, float (&logits)[KEPT], float (&noise)[KEPT]) {
+    const int tiles = ceil_div(s.rows.count, TILE_ROWS);
+    for (int tile = 0; tile < tiles; tile++) {
+      const float logit = dot_tile(x, min(TILE_ROWS, s.rows.count - tile * TILE_ROWS), 0, false);
 #pragma unroll
       for (int k = 0; k < KEPT; k++)
-        if (i == (k * GROUPS + piece / R) * TILE_ROWS) logits[k] = logit;
-    }
+        if (tile == k * GROUPS + piece / R && kept_token(k) < V) m.logits[kept_token(k)] = logits[k] = logit;
+      // Noise depends on no logit. It is made half way, when the ring has room for what memory brings meanwhile.
+      if (tile == tiles / 2 && s.settings.temperature > 0)
 #pragma unroll
-    for (int k = 0; k < KEPT; k++)
-      if (kept_token(k) < V) m.logits[kept_token(k)] = logits[k];
+        for (int k = 0; k < KEPT; k++)
+          if (kept_token(k) < V)
+            noise[k] = -s.settings.temperature *
+                       logf(-log1pf(-uniform(s.settings.seed, position, kept_token(k))));
+    }
   }
 
-  // Noise for the token at `position`: -T * log(E), E ~ Exp(1). It depends on nothing that is computed here, so
-  // it is made before (4), while x is on its way.
-  __device__ void draw_noise(int position, float (&noise)[KEPT]) const {
-    const float temperature = m.settings->temperature;
+  // The largest key among this thread's tokens that are ranked before the candidate, and the vote on it.
+  __device__ void vote(const float (&logits)[KEPT], const float (&noise)[KEPT], unsigned long long candidate,
+                       unsigned& votes) const {
+    unsigned long long best = 0, drawn = 0;
 #pragma unroll
     for (int k = 0; k < KEPT; k++) {
-      noise[k] = 0;
-      if (temperature > 0 && kept_token(k) < V)
-        noise[k] = -temperature * logf(-log1pf(-uniform(m.settings->seed, position, kept_token(k))));
+      const int token = kept_token(k);
+      const unsigned long long rank = token < V ? rank_of(logits[k], token) : 0;
+      if (rank <= candidate) continue;
+      best = max(best, rank);
+      drawn = max(drawn, rank_of(logits[k] + noise[k], token));
     }
+    vote(best, drawn, votes);
   }
 
-  // What this block has to say: of all its tokens, and of those ranked before the candidate.
-  __device__ Vote tally(const float (&logits)[KEPT], const float (&noise)[KEPT], float largest,
-                        unsigned long long candidate) const {
-    Vote v = {};
+  // Of the tokens ranked before the candidate, over the grid: their mass, exp((logit - largest) / T) in units of
+  // 2^-30, and how many they are; or, instead of how many, the mass of all tokens.
+  __device__ ulonglong2 tally(const float (&logits)[KEPT], float largest, unsigned long long candidate, bool count,
+                              int& turn) const {
+    unsigned long long before = 0, other = 0;
 #pragma unroll
     for (int k = 0; k < KEPT; k++) {
       const int token = kept_token(k);
       if (token == V) continue;
-      const unsigned long long rank = rank_of(logits[k], token);
-      const float part = expf((logits[k] - largest) / m.settings->temperature);
-      const unsigned long long mass = __float2ull_rz(part * (1ull << 40));
-      v.mass += mass;
-      if (rank <= candidate) continue;
-      v.before += mass, v.count++;
-      v.drawn = max(v.drawn, rank_of(logits[k] + noise[k], token));
+      const unsigned long long mass =
+          __float2ull_rz(expf((logits[k] - largest) / s.settings.temperature) * (1 << 30));
+      const bool is_before = rank_of(logits[k], token) > candidate;
+      before += is_before ? mass : 0;
+      other += count ? is_before : mass;
     }
-    return v;
+    sum(before, other, turn);
+    turn ^= 1;
+    return s.agreed;
   }
 
   // The token: argmax of logit + noise over the tokens that top-k and top-p keep; -1 if logits are not finite.
-  __device__ int choose(const float (&logits)[KEPT], const float (&noise)[KEPT], unsigned& votes) const {
-    Vote mine = {};
-#pragma unroll
-    for (int k = 0; k < KEPT; k++) {
-      const int token = kept_token(k);
-      if (token == V) continue;
-      mine.best = max(mine.best, rank_of(logits[k], token));
-      mine.drawn = max(mine.drawn, rank_of(logits[k] + noise[k], token));
-    }
-    Vote all = vote(mine, votes);
-    const float largest = logit_of(all.best);
+  __device__ int choose(const float (&logits)[KEPT], const float (&noise)[KEPT], unsigned& votes, int& turn) const {
+    vote(logits, noise, 0, votes);
+    const float largest = logit_of(s.agreed.x);
     if (!(fabsf(largest) <= 3.4028235e38f)) return -1;
-    const Settings& settings = *m.settings;
-    const bool cut_k = settings.top_k < V, cut_p = settings.top_p < 1;
-    if (settings.temperature == 0 || !(cut_k || cut_p)) return token_of(all.drawn);
+    const unsigned top_k = s.settings.top_k;
+    const double top_p = s.settings.top_p;
+    const bool cut_k = top_k < V, cut_p = top_p < 1;
+    int token = token_of(s.agreed.y);
+    if (s.settings.temperature == 0 || !(cut_k || cut_p)) return token;
 
-    unsigned long long mass = 0;
+    unsigned long long mass = 0, candidate = rank_of(s.candidate, token);
     if (cut_k && cut_p) {  // bisect for a rank that top_k tokens are ranked before
-      unsigned long long low = 0, high = all.best;
-      Vote found;
+      unsigned long long low = 0, high = s.agreed.x;
+      ulonglong2 found;
       do {
         const unsigned long long middle = low + (high - low) / 2;
-        found = vote(tally(logits, noise, largest, middle), votes);
-        (found.count > settings.top_k ? low : high) = middle;
-      } while (found.count != settings.top_k);
-      mass = found.before;
+        found = tally(logits, largest, middle, true, turn);
+        (found.y > top_k ? low : high) = middle;
+      } while (found.y != top_k);
+      mass = found.x;
     }
     while (true) {
-      const int token = token_of(all.drawn);
-      all = vote(tally(logits, noise, largest, rank_of(load_relaxed(m.logits + token), token)), votes);
-      if (mass == 0) mass = all.mass;
-      if (all.count < settings.top_k && all.before < settings.top_p * mass) return token;
+      const ulonglong2 found = tally(logits, largest, candidate, cut_k, turn);
+      if ((!cut_k || found.y < top_k) && (!cut_p || found.x < top_p * (cut_k ? mass : found.y))) return token;
+      vote(logits, noise, candidate, votes);
+      token = token_of(s.agreed.y);
+      candidate = rank_of(s.candidate, token);
     }
   }
 };
@@ -1231,6 +1259,8 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
   if (threadIdx.x == 0) {
     s.plan = make_plan(blockIdx.x, gridDim.x, position);
     s.rows = deal(0, V, blockIdx.x, gridDim.x);
+    s.settings = *m.settings;
+    s.sums_before[0] = state.sums[0], s.sums_before[1] = state.sums[1];
     for (int i = 0; i < STAGES; i++) barrier_init(&s.full[i], 1), barrier_init(&s.empty[i], WARPS);
     barrier_init(&s.qkv_ready, 1), barrier_init(&s.slice_ready, 1), barrier_init(&s.sums_ready, 1);
     barrier_init(&s.token_ready, 1), barrier_init(&s.workers_done, WARPS);
@@ -1252,7 +1282,8 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
   const Plan& plan = s.plan;
   const bool is_thread_0 = blockIdx.x == 0 && w.tid == 0;  // of the grid
   Columns x, xn1, xn2;
-  float logits[KEPT] = {}, noise[KEPT] = {};
+  float logits[KEPT], noise[KEPT] = {};
+  int turn = 0;
   Norms norms = w.load_norms(first_layer);
 
   for (int layer = first_layer; position < end;) {
@@ -1260,7 +1291,6 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     if (layer == 0) w.read_embedding(token, x);
     else {
       const unsigned count = plan.clusters + 1 + lap(steps);
-      if (layer == L) w.draw_noise(position + 1, noise);                // S10
       w.wait_for_x(x_now, count); MARK(MARK_START);                     // (4)
       w.read_residual(x_now, count, x);                                 // S0, (4)
     }
@@ -1273,9 +1303,9 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
         if (w.tid == 0) s.plan = make_plan(blockIdx.x, gridDim.x, position + 1);
         load_rope(m, s, position + 1, WORKERS);
       }
-      w.lm_head(xn1, logits);                                           // S10
+      w.lm_head(xn1, position + 1, logits, noise);                      // S10
       norms = w.load_norms(0);
-      token = w.choose(logits, noise, votes);                           // S10, (5)
+      token = w.choose(logits, noise, votes, turn);                     // S10, (5), (6)
       if (w.tid == 0) barrier_arrive(&s.token_ready);                   // (h)
       if (is_thread_0) m.history[position] = token;
       position++, layer = 0;
@@ -1361,7 +1391,8 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
   if (tokens > CTX) tokens = CTX;
   if (clusters * K * WORKERS < C / 2 || clusters * K * WORKERS * KEPT < V)
     return "too few blocks to carry x, or to keep the logits: launch more clusters";
-  if ((long long)V * clusters * K >= 1ll << 31) return "too many blocks for this vocabulary: launch fewer clusters";
+  if ((long long)V * clusters * K >= 1ll << 31 || clusters * K >= 1 << COUNT_BITS)
+    return "too many blocks: launch fewer clusters";
   const Model& m = *reinterpret_cast<const Model*>(pointers);
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configure(attributes, clusters, stream);

@@ -378,7 +378,7 @@ class Sampler:
     def kept(self, logits):
         """Which of logits [V] top-k and top-p keep [V] bool. Masses are integers, as the kernel's are."""
         ranked, order = logits.sort(descending=True, stable=True)
-        mass = (((ranked - ranked[0]) / self.temperature).exp() * 2.0**40).long()
+        mass = (((ranked - ranked[0]) / self.temperature).exp() * 2.0**30).long()
         likeliest = torch.arange(len(logits), device=logits.device) < (self.top_k or len(logits))
         limit = math.ceil((self.top_p or 1.0) * float(mass[likeliest].sum()))
         keep = likeliest & (mass.cumsum(0) - mass < limit)

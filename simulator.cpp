@@ -35,7 +35,8 @@
 typedef _Float16 half;
 struct half2 { half x, y; };
 struct float2 { float x, y; };
-struct longlong2 { long long x, y; };
+struct alignas(16) longlong2 { long long x, y; };
+struct alignas(16) ulonglong2 { unsigned long long x, y; };
 struct uint4 { uint32_t x, y, z, w; };
 struct Index { int x; };
 
@@ -126,8 +127,15 @@ template <class T> T __shfl_sync(unsigned, T v, int lane, int width) {
   return exchange(v, threadIdx.x % 32 / width * width + lane);
 }
 
+uint32_t __reduce_max_sync(unsigned, uint32_t v) {
+  for (int bit = 16; bit; bit /= 2) v = max(v, __shfl_xor_sync(~0u, v, bit));
+  return v;
+}
+uint32_t __reduce_add_sync(unsigned, uint32_t v) {
+  for (int bit = 16; bit; bit /= 2) v += __shfl_xor_sync(~0u, v, bit);
+  return v;
+}
 template <class T> void atomicMax(T* p, T v) { *p = max(*p, v); }
-template <class T> void atomicAdd(T* p, T v) { *p += v; }
 int atomicCAS_system(int* p, int old, int v) { return *p == old ? std::exchange(*p, v) : *p; }
 void __threadfence_system() {}
 void __nanosleep(int) { yield(); }
