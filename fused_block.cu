@@ -539,17 +539,18 @@ __device__ unsigned long long warp_sum(unsigned long long v) {
   return ((unsigned long long)__reduce_add_sync(~0u, (uint32_t)(v >> 20)) << 20) + low;
 }
 
-// Philox4x64-10 (Salmon et al., SC11), as numpy has it: four 64-bit words for each count of four tokens.
-__device__ float uniform(unsigned long long seed, int position, int token) {
-  unsigned long long c[4] = {token / 4 + 1ull, (unsigned long long)position, 0, 0}, key[2] = {seed, 0};
+// Philox4x32-10 (Salmon et al., SC11): four 32-bit words for a count of (token / 4, position), keyed by the seed.
+__device__ float uniform(unsigned long long seed, uint32_t position, uint32_t token) {
+  uint32_t c[4] = {token / 4, position, 0, 0}, key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
+#pragma unroll
   for (int i = 0; i < 10; i++) {
-    const unsigned long long a = 0xD2E7470EE14C6C93 * c[0], a_high = __umul64hi(0xD2E7470EE14C6C93, c[0]),
-                             b = 0xCA5A826395121157 * c[2], b_high = __umul64hi(0xCA5A826395121157, c[2]);
-    c[0] = b_high ^ c[1] ^ key[0], c[1] = b, c[2] = a_high ^ c[3] ^ key[1], c[3] = a;
-    key[0] += 0x9E3779B97F4A7C15, key[1] += 0xBB67AE8584CAA73B;
+    const unsigned long long a = 0xD2511F53ull * c[0], b = 0xCD9E8D57ull * c[2];
+    c[0] = (uint32_t)(b >> 32) ^ c[1] ^ key[0], c[1] = (uint32_t)b;
+    c[2] = (uint32_t)(a >> 32) ^ c[3] ^ key[1], c[3] = (uint32_t)a;
+    key[0] += 0x9E3779B9, key[1] += 0xBB67AE85;
   }
-  const unsigned long long word = token & 2 ? (token & 1 ? c[3] : c[2]) : (token & 1 ? c[1] : c[0]);
-  return __ull2float_rn(word) * 5.421010862427522e-20f;  // 2^-64
+  const uint32_t word = token & 2 ? (token & 1 ? c[3] : c[2]) : (token & 1 ? c[1] : c[0]);
+  return fmaf(__uint2float_rn(word), 0x1p-32f, 0x1p-33f);
 }
 
 // 7. The stages ===========================================================================================
@@ -1080,6 +1081,7 @@ struct Worker {  // one thread's view
   // (5) VOTE: the maxima over all threads of the grid, in s.agreed. The counter only grows: nothing to reset, no
   // phase to mix up; the difference is right where it wraps.
   __device__ void vote(unsigned long long best, unsigned long long drawn, unsigned& votes) const {
+    if (blockIdx.x == 0 && tid == 0) m.state->maxima[(votes + 1) % 3] = {0, 0};  // read before the last vote
     best = warp_max(best), drawn = warp_max(drawn);
     if (lane == 0) s.votes[warp] = {best, drawn};
     workers_sync();  // (f)
@@ -1087,7 +1089,6 @@ struct Worker {  // one thread's view
       for (int w = 1; w < WARPS; w++) best = max(best, s.votes[w].x), drawn = max(drawn, s.votes[w].y);
       Maxima& all = m.state->maxima[votes % 3];
       atomicMax(&all.best, best), atomicMax(&all.drawn, drawn);
-      if (blockIdx.x == 0) m.state->maxima[(votes + 1) % 3] = {0, 0};  // all have read it before the last vote
       unsigned* counter = &m.state->counter;
       const unsigned target = (votes + 1) * gridDim.x;
       arrive_release(counter);  // (5)
@@ -1096,7 +1097,7 @@ struct Worker {  // one thread's view
         if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_GRID, s.layer, target - seen);
       const longlong2 found = load_relaxed((const long long*)&all);
       s.agreed = {(unsigned long long)found.x, (unsigned long long)found.y};
-      if (s.settings.temperature > 0) s.candidate = load_relaxed(m.logits + token_of(found.y));
+      if (s.settings.top_k < V || s.settings.top_p < 1) s.candidate = load_relaxed(m.logits + token_of(found.y));
     }
     votes++;
     workers_sync();  // (g)
@@ -1137,20 +1138,23 @@ struct Worker {  // one thread's view
     return i + row < s.rows.count ? s.rows.at(i) + row : V;
   }
   __device__ void lm_head(const Columns& x, int position, float (&logits)[KEPT], float (&noise)[KEPT]) {
-    const int tiles = ceil_div(s.rows.count, TILE_ROWS);
-    for (int tile = 0; tile < tiles; tile++) {
-      const float logit = dot_tile(x, min(TILE_ROWS, s.rows.count - tile * TILE_ROWS), 0, false);
+    const int count = s.rows.count;
+    for (int i = 0; i < count; i += TILE_ROWS) {
+      const float logit = dot_tile(x, min(TILE_ROWS, count - i), 0, false);
 #pragma unroll
       for (int k = 0; k < KEPT; k++)
-        if (tile == k * GROUPS + piece / R && kept_token(k) < V) m.logits[kept_token(k)] = logits[k] = logit;
+        if (i == (k * GROUPS + piece / R) * TILE_ROWS) logits[k] = logit;
       // Noise depends on no logit. It is made half way, when the ring has room for what memory brings meanwhile.
-      if (tile == tiles / 2 && s.settings.temperature > 0)
+      if (i == count / 2 / TILE_ROWS * TILE_ROWS && s.settings.temperature > 0)
 #pragma unroll
         for (int k = 0; k < KEPT; k++)
           if (kept_token(k) < V)
             noise[k] = -s.settings.temperature *
                        logf(-log1pf(-uniform(s.settings.seed, position, kept_token(k))));
     }
+#pragma unroll
+    for (int k = 0; k < KEPT; k++)
+      if (kept_token(k) < V) m.logits[kept_token(k)] = logits[k];
   }
 
   // The largest key among this thread's tokens that are ranked before the candidate, and the vote on it.
@@ -1282,7 +1286,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
   const Plan& plan = s.plan;
   const bool is_thread_0 = blockIdx.x == 0 && w.tid == 0;  // of the grid
   Columns x, xn1, xn2;
-  float logits[KEPT], noise[KEPT] = {};
+  float logits[KEPT] = {}, noise[KEPT] = {};
   int turn = 0;
   Norms norms = w.load_norms(first_layer);
 

@@ -54,9 +54,8 @@ uint32_t __float_as_uint(float f) { return bits<uint32_t>(f); }
 float __int_as_float(int i) { return bits<float>(i); }
 long long __float2ll_rn(float f) { return llrintf(f); }
 float __ll2float_rn(long long i) { return (float)i; }
-float __ull2float_rn(unsigned long long i) { return (float)i; }
+float __uint2float_rn(uint32_t i) { return (float)i; }
 unsigned long long __float2ull_rz(float f) { return (unsigned long long)f; }
-unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned __int128)a * b >> 64; }
 float rsqrtf(float f) { return 1 / sqrtf(f); }
 using std::max;
 using std::min;
