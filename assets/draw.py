@@ -312,7 +312,7 @@ def drawing(seed=43):
 
 def layer():
     text(20, 28, "One layer, from left to right (not to scale)", "big")
-    steps = [("S1", 40, "faint"), ("S2 q, k, v rows", 166, "dot"), ("", 56, "units"), ("S3 S4 S5", 96, "kv"),
+    steps = [("S0 S1", 40, "faint"), ("S2 q, k, v rows", 166, "dot"), ("", 56, "units"), ("S3 S4 S5", 96, "kv"),
              ("", 56, "units"), ("S6 S7 out", 84, "axpy"), ("", 84, "units")]
     y = 70
     for cluster, head in ((0, "head 0"), (1, "head 1"), (65, "no head")):
@@ -321,11 +321,11 @@ def layer():
         for rank in range(2):
             at, x = y + 28 * rank, 144
             text(138, at + 15, f"rank {rank}", "end small soft")
-            for name, w, kind in [("S1", 40, "faint"), ("", 542, "units")] if head == "no head" else steps:
+            for name, w, kind in [("S0 S1", 40, "faint"), ("", 542, "units")] if head == "no head" else steps:
                 box(x, at, w - 2, 22, kind, name)
                 x += w
             box(752, at, 30, 22, "faint", "S9")
-            box(816, at, 34, 22, "faint", "S1")
+            box(814, at, 42, 22, "faint", "S0 S1")
         for x1, x2 in ((350, 406), (502, 558), (726, 751))[2 * (head == "no head"):]:
             arrow(x1, y + 22, x2, y + 38, "sync thin")
             arrow(x1, y + 28, x2, y + 12, "sync thin")
@@ -340,7 +340,7 @@ def layer():
     box(350, y - 11, 26, 14, "kv")
     text(384, y, "RoPE, attention over cached tokens", "small")
     box(610, y - 11, 26, 14, "faint")
-    text(644, y, "S1 reads x, LayerNorm; S9 sums y", "small")
+    text(644, y, "read x, LayerNorm; sum y", "small")
     text(20, y + 22, "(1), (2) and (3) are syncs of a cluster; (1) and (2) travel while the block works on hidden "
                      "units. (4) is the layer's only sync of the grid.", "small soft")
     save("layer", 870, y + 38, "A cluster computes a head, each block computes hidden units, one sync of the grid")
