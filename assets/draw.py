@@ -1,7 +1,7 @@
 """Draws the figures of README.md and docs/: python assets/draw.py. bench.py draws the plots bench-*.svg.
 
-A figure brings its own background, and colours for a light and for a dark screen. An image cannot see the page
-around it, so with its own background it is legible on any page, whichever of the two the browser picks.
+A figure brings its own background, and colours for a light and for a dark screen. An image cannot see the
+page around it, so with its own background it is legible on any page, whichever of the two the browser picks.
 """
 from html import escape
 from pathlib import Path
@@ -108,7 +108,8 @@ def picture():
     text(510, y - 28, "the next layer: the same again", "soft")
     text(510, y - 12, "its rows are on their way before (4) is passed", "soft small")
     text(x, y + 14, "Rows stream past the threads; a token reads every byte of the weights once.", "soft")
-    save("picture", 920, y + 30, "One decode step: rows of weights stream past threads that own eight columns each")
+    save("picture", 920, y + 30,
+         "One decode step: rows of weights stream past threads that own eight columns each")
 
 
 def rows():
@@ -177,7 +178,8 @@ def ring():
     for y, words in ((182, "copies"), (216, "arithmetic"), (262, "full slots")):
         text(20, y, words)
     box(110, 168, 700, 20, "units")
-    for x, w, kind, words in ((110, 300, "units", ""), (412, 46, "faint", "sum y"), (464, 44, "faint", "read x"),
+    for x, w, kind, words in ((110, 300, "units", ""),
+                              (412, 46, "faint", "sum y"), (464, 44, "faint", "read x"),
                               (510, 300, "units", "")):
         box(x, 202, w, 20, kind, words)
     path("M110 286 H410 L510 246 L610 286 H810")
@@ -211,10 +213,10 @@ def collectives():
         text(x, 110, "rank 1", "small soft")
         text(x, 125, "pushes", "small soft")
     text(20, 282, "the inbox of each rank: q, k, v of the head", "small")
-    text(20, 312, "A push is a store into another block's shared memory that also counts its bytes on a barrier "
-                  "of that block.", "small soft")
-    text(20, 328, "A block waits at (1) or (3) until all bytes of its inbox have come. No other signal is needed.",
-         "small soft")
+    text(20, 312, "A push is a store into another block's shared memory that also counts its bytes on a "
+                  "barrier of that block.", "small soft")
+    text(20, 328, "A block waits at (1) or (3) until all bytes of its inbox have come. It needs no other "
+                  "signal.", "small soft")
     save("collectives", 920, 344, "cluster_gather and cluster_reduce, in a cluster of four blocks")
 
 
@@ -238,8 +240,8 @@ def words():
         box(at, 138, 130, 24, "dot" if count == "67" else "dot pale", "value")
         box(at + 132, 138, 50, 24, "axpy" if count == "67" else "axpy pale", count)
         text(at + 91, 180, then, "middle small" + (" red" if count == "66" else " soft"))
-    text(20, 206, "The value and its count arrive in one addition, so no flag and no fence has to follow the data.",
-         "small soft")
+    text(20, 206, "The value and its count arrive in one addition, so no flag and no fence has to follow the "
+                  "data.", "small soft")
     save("words", 900, 222, "A word of x carries its own count of additions")
 
 
@@ -254,8 +256,8 @@ def sums():
             box(x, 66 + 34 * i, 200, 28, kind, left)
             text(x + 212, 85 + 34 * i, right)
     text(20, 168, "The carrier: no buffer is cleared", "big")
-    text(20, 190, "The buffer still holds 5, the x of an earlier layer. x is 8. Two clusters add 1 and 2. The carrier "
-                  "adds 8 − 5 = 3.")
+    text(20, 190, "The buffer still holds 5, the x of an earlier layer. x is 8. Two clusters add 1 and 2. "
+                  "The carrier adds 8 − 5 = 3.")
     orders = ((("old", "5"), ("carrier", "+ 3"), ("cluster 0", "+ 1"), ("cluster 1", "+ 2")),
               (("old", "5"), ("cluster 1", "+ 2"), ("carrier", "+ 3"), ("cluster 0", "+ 1")))
     for i, order in enumerate(orders):
@@ -269,7 +271,8 @@ def sums():
         box(620, y, 118, 24, "axpy", f"next x: {total}")
     text(752, 220, "8 + 1 + 2", "soft")
     text(752, 270, "in any order", "soft")
-    save("sums", 900, 312, "Sums of integers do not depend on their order, and the carrier replaces the old x")
+    save("sums", 900, 312,
+         "Sums of integers do not depend on their order, and the carrier replaces the old x")
 
 
 def drawing(seed=43):
@@ -299,21 +302,23 @@ def drawing(seed=43):
         kind = "axpy" if i == first else "r2" if i == second else "dot"
         box(480, y, 32 * max(keys[i], 0.5), 20, kind + (" pale" if i > first else ""), f"{keys[i]:.1f}")
         if i in (first, second):
-            text(492 + 32 * keys[i], y + 15, "largest key of all" if i == first else "largest of the likelier")
+            what = "largest key of all" if i == first else "largest of the likelier"
+            text(492 + 32 * keys[i], y + 15, what)
     y = 64 + 30 * len(tokens) + 22
     text(20, y, f"1. All blocks agree on the largest key: “{tokens[first]}”. The likelier tokens hold "
                 f"{before[first]:.0%}, so top-p refuses it.")
-    text(20, y + 20, f"2. The same vote has found the largest key among the likelier tokens: “{tokens[second]}”. "
-                     f"The tokens before it hold {before[second]:.0%}: kept.")
+    text(20, y + 20, f"2. The same vote has found the largest key among the likelier tokens: "
+                     f"“{tokens[second]}”. The tokens before it hold {before[second]:.0%}: kept.")
     text(20, y + 42, "The noise is a function of seed, position and token. A refusal draws no new noise.",
          "small soft")
-    save("drawing", 900, y + 58, "Drawing a token is an argmax: logits plus noise, then a test of the candidate")
+    save("drawing", 900, y + 58,
+         "Drawing a token is an argmax: logits plus noise, then a test of the candidate")
 
 
 def layer():
     text(20, 28, "One layer, from left to right (not to scale)", "big")
-    steps = [("S0 S1", 40, "faint"), ("S2 q, k, v rows", 166, "dot"), ("", 56, "units"), ("S3 S4 S5", 96, "kv"),
-             ("", 56, "units"), ("S6 S7 out", 84, "axpy"), ("", 84, "units")]
+    steps = [("S0 S1", 40, "faint"), ("S2 q, k, v rows", 166, "dot"), ("", 56, "units"),
+             ("S3 S4 S5", 96, "kv"), ("", 56, "units"), ("S6 S7 out", 84, "axpy"), ("", 84, "units")]
     y = 70
     for cluster, head in ((0, "head 0"), (1, "head 1"), (65, "no head")):
         text(20, y + 16, f"cluster {cluster}")
@@ -341,9 +346,10 @@ def layer():
     text(384, y, "RoPE, attention over cached tokens", "small")
     box(610, y - 11, 26, 14, "faint")
     text(644, y, "read x, LayerNorm; sum y", "small")
-    text(20, y + 22, "(1), (2) and (3) are syncs of a cluster; (1) and (2) travel while the block works on hidden "
-                     "units. (4) is the layer's only sync of the grid.", "small soft")
-    save("layer", 870, y + 38, "A cluster computes a head, each block computes hidden units, one sync of the grid")
+    text(20, y + 22, "(1), (2) and (3) are syncs of a cluster; (1) and (2) travel while the block works on "
+                     "hidden units. (4) is the layer's only sync of the grid.", "small soft")
+    save("layer", 870, y + 38,
+         "A cluster computes a head, each block computes hidden units, one sync of the grid")
 
 
 for figure in (picture, rows, columns, ring, collectives, words, sums, drawing, layer):
