@@ -1,29 +1,34 @@
 """Times the fused decode step against its floor, and against what a user could run instead.
 
-    python bench.py --models 2.8b 160m --contexts 128 2000    measure on this machine's GPU, print the table
+    python bench.py --models 2.8b 160m --contexts 128 2000    measure on this machine's GPU, print the tables
     python bench.py --models 160m --baselines graph compile   only these baselines; results are merged
     python bench.py --models 2.8b --timeline                  or --ablate, or --counters, which needs ncu
-    python bench.py --report                                  README and plots from results/; needs no GPU
+    python bench.py --quality --model FOLDER --text FILE      how close float16 and fused come to float32
+    python bench.py --report                                  docs/results.md, README's table and the plots
 
-A step is the user's whole token: embedding, all blocks, final LayerNorm, LM head, greedy argmax; float16,
-batch 1, random weights. A sample is the mean of 16 steps back to back by CUDA events (of generate(): one
-token by the clock); the table has the median of 30 samples or more (10 of the time to the second token), and
-the 10th and 90th percentile. Fused makes 8 greedy tokens in a launch, as Pythia.generate does; the baselines
-launch every step. The floor is the bytes that a step must read (every weight once, one row of embed_in, keys
-and values of the cached tokens) over the bandwidth of a kernel that only reads, in the same run. Nothing of
-ours is timed before its logits are compared with float64 arithmetic on the same float16 weights: fused may be
-no further off than the float16 reference, a baseline twice as far. Raw samples are merged into
+A step is the user's whole token: embedding, all layers, final LayerNorm, LM head, choice of the next token;
+float16, batch 1, random weights. A sample is the mean of 16 steps back to back by CUDA events (of generate():
+one token by the clock). The tables have the median of 30 samples or more (10 of the time to the second
+token), and the 10th and 90th percentile. Fused makes 8 tokens in a launch, as Pythia.generate does; the
+baselines launch every step. Each sample of the sampled rows draws with a seed of its own.
+
+The floor of a step is the bytes that it must read (every weight once, one row of embed_in, keys and values of
+the cached tokens) over the bandwidth of the fastest of several kernels that only read, in the same run.
+Nothing of ours is timed before its logits are compared with float64 arithmetic on the same float16 weights:
+fused may be no further off than the float16 reference, a baseline twice as far. Raw samples are merged into
 results/bench-<gpu>.json. Only --report needs matplotlib: pip install matplotlib==3.11.2
 
 baselines, each with the best of its settings:
   eager                the reference in model.py, without reading tokens back
-  graph                a step of fixed shapes in a CUDA graph: one or two streams, two layouts of the weights
+  graph                a step of fixed shapes in a CUDA graph: one or two streams, two layouts of the weights,
+                       with and without cuDNN's attention
   compile              the same step under torch.compile, in a CUDA graph: default mode; and max-autotune,
-                       which tunes by coordinate descent, with biases added apart, as inductor writes only
-                       products without a bias itself
+                       which tunes by coordinate descent, with biases added apart, because inductor itself
+                       writes only products without a bias; this with and without cuDNN's attention
   compile-static       the same with a static cache of a multiple of 256 positions, masked, and the token and
                        its position on the device; also with attention written out as products and sums
-  transformers         generate() with its defaults
+  transformers         generate() with its defaults, at text lengths that the process has not met before, as
+                       in a new text; and the same without cuDNN's attention, which plans anew for each length
   transformers-static  generate() with the static cache, which compiles itself
 graph and compile attend to a fixed number of positions, without a mask: one graph, one position. They could
 not go on to generate a text, as compile-static could.
@@ -34,7 +39,9 @@ import csv
 import ctypes
 import functools
 import gc
+import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -44,6 +51,8 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -51,35 +60,97 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy, embedding, gelu, layer_norm, linear
+from torch.nn.functional import scaled_dot_product_attention as attend
 from tqdm import tqdm
 
-from build import constants, device_arch, flags, kernel_hash, load, nvcc
-from model import SIZES, Config, Fused, Pythia, Refused
+from build import Fused, constants, device_arch, flags, kernel_hash, load, nvcc
+from checkpoint import Refused
+from generate import TINY, Text, quiet
+from model import SIZES, Config, Pythia, Sampler
 
 HERE = Path(__file__).resolve().parent
 STEPS, SAMPLES, WARM_UP = 16, 30, 3  # steps a sample, samples, samples thrown away
-NEW = 64                             # tokens a call of transformers' generate makes
-PROMPT = 512                         # tokens before the first new one, for the time to first token
+NEW = 64                             # tokens that a timed call of transformers' generate makes
+PROMPT = 512                         # tokens before the first new one, for the time to the second
 
 PROBE = r"""
-__global__ void read_all(const uint4* data, size_t n, unsigned* sink) {
-  const size_t threads = size_t(gridDim.x) * blockDim.x;
-  unsigned sum = 0;
-  for (size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += 8 * threads) {
-    uint4 v[8];  // eight loads of 16 bytes that do not wait for each other
-#pragma unroll
-    for (int j = 0; j < 8; j++) v[j] = __ldcs(data + i + j * threads);
-#pragma unroll
-    for (int j = 0; j < 8; j++) sum ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
+#include <cstdint>
+// A check adds up all that is read. A timed run only seems to use the sum: or else the compiler drops the loads.
+__device__ void use(unsigned sum, bool check, unsigned* total) {
+  if (check) {
+    sum = __reduce_add_sync(~0u, sum);
+    if (threadIdx.x % 32 == 0) atomicAdd(total, sum);
+  } else if (sum == 0x5eed) {
+    *total = sum;
   }
-  if (sum == 0x5eed) *sink = sum;  // without a use of sum the compiler drops the loads
 }
-extern "C" int probe(const void* data, size_t n, void* sink, int blocks, void* stream) {
-  read_all<<<blocks, 512, 0, (cudaStream_t)stream>>>((const uint4*)data, n, (unsigned*)sink);
+template <int LOADS>  // loads of 16 bytes by a thread that do not wait for each other
+__global__ void load(const uint4* data, size_t n, bool stride, bool check, unsigned* total) {
+  const size_t threads = size_t(gridDim.x) * blockDim.x, apart = stride ? threads : blockDim.x;
+  const size_t first = size_t(blockIdx.x) * blockDim.x * (stride ? 1 : LOADS) + threadIdx.x;
+  unsigned sum = 0;
+  for (size_t i = first; i < n; i += LOADS * threads) {
+    uint4 v[LOADS];
+#pragma unroll
+    for (int j = 0; j < LOADS; j++) v[j] = __ldcs(data + i + j * apart);
+#pragma unroll
+    for (int j = 0; j < LOADS; j++) sum += v[j].x + v[j].y + v[j].z + v[j].w;
+  }
+  use(sum, check, total);
+}
+// One warp a block keeps `slots` bulk copies of `bytes` in flight; a check waits until it has added up a tile.
+__global__ void ring(const char* data, size_t n, int bytes, int slots, bool own, bool check, unsigned* total) {
+  extern __shared__ __align__(128) char s_tile[];
+  __shared__ uint64_t s_full[16];
+  const uint32_t tile_at = __cvta_generic_to_shared(s_tile), full_at = __cvta_generic_to_shared(s_full);
+  const int tiles = n / bytes / gridDim.x;
+  uint64_t evict_first;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(evict_first));
+  auto copy = [&](int k) {
+    const size_t tile = own ? size_t(tiles) * blockIdx.x + k : size_t(k) * gridDim.x + blockIdx.x;
+    const uint32_t full = full_at + k % slots * 8;
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(full), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], %4;" :: "r"(tile_at + k % slots * bytes), "l"(data + tile * bytes),
+                 "r"(bytes), "r"(full), "l"(evict_first) : "memory");
+  };
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < slots; i++) asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(full_at + i * 8));
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int k = 0; k < min(slots, tiles); k++) copy(k);
+  }
+  __syncwarp();
+  unsigned sum = 0;
+  for (int k = 0; k < tiles; k++) {
+    for (int done = 0; !done;)
+      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.s32 %0, 1, 0, p; }"
+                   : "=r"(done) : "r"(full_at + k % slots * 8), "r"(k / slots & 1) : "memory");
+    if (check)
+      for (int i = threadIdx.x; i < bytes / 4; i += 32) sum += ((unsigned*)(s_tile + k % slots * bytes))[i];
+    __syncwarp();
+    if (threadIdx.x == 0 && k + slots < tiles) copy(k + slots);
+  }
+  use(sum, check, total);
+}
+extern "C" int probe(int kind, int a, int b, const char* data, size_t n, unsigned* total, int check, int sms,
+                     cudaStream_t stream) {
+  const uint4* vectors = (const uint4*)data;
+  if (kind == 0) load<8><<<sms * a, 512, 0, stream>>>(vectors, n / 16, true, check, total);
+  if (kind == 1 && a == 256) load<2><<<n / 8192, 256, 0, stream>>>(vectors, n / 16, false, check, total);
+  if (kind == 1 && a == 512) load<1><<<n / 8192, 512, 0, stream>>>(vectors, n / 16, false, check, total);
+  if (kind >= 2) {
+    cudaFuncSetAttribute(ring, cudaFuncAttributeMaxDynamicSharedMemorySize, a * b);
+    ring<<<sms, 32, a * b, stream>>>(data, n, a, b, kind == 2, check, total);
+  }
   return cudaGetLastError();
 }
 """
+READERS = {  # kernels of PROBE that only read: the kind, and two numbers that it takes
+    **{f"loads, {n} blocks a multiprocessor": (0, n, 0) for n in (1, 2, 4)},
+    **{f"loads, {n} threads for every 8 KB": (1, n, 0) for n in (256, 512)},
+    **{f"{n} bulk copies of {kb} KB, a region a block": (2, kb << 10, n) for kb, n in ((64, 3), (20, 10))},
+    **{f"{n} bulk copies of {kb} KB, dealt to blocks in turn": (3, kb << 10, n) for kb, n in ((32, 6), (64, 3))}}
 
 
 def token_bytes(config, cached):
@@ -91,53 +162,68 @@ def token_bytes(config, cached):
 
 # ---- one measurement -----------------------------------------------------------------------------------
 
-def sample(step, reset=lambda: None, tokens=1):
-    """Microseconds a token, SAMPLES means of STEPS tokens; `step` makes `tokens`. `reset` is not timed.
+def sample(step, reset=lambda: None, tokens=1, steps=STEPS):
+    """Microseconds a token, SAMPLES means of `steps` tokens; a call of `step` makes `tokens`.
 
-    The host waits only at the end, so it runs ahead of the GPU wherever the GPU is the slower one.
+    `reset` is not timed, and may wait for the GPU. After it the GPU sleeps for about 0.1 ms, so that the host
+    is ahead of it at the first step, and stays ahead wherever the GPU is the slower one.
     """
     events = []
     for _ in range(WARM_UP + SAMPLES):
         reset()
+        torch.cuda._sleep(200_000)                                              # cycles
         events.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
         events[-1][0].record()
-        for _ in range(STEPS // tokens):
+        for _ in range(steps // tokens):
             step()
         events[-1][1].record()
     torch.cuda.synchronize()
-    return [begin.elapsed_time(end) * 1e3 / STEPS for begin, end in events[WARM_UP:]]
+    return [begin.elapsed_time(end) * 1e3 / steps for begin, end in events[WARM_UP:]]
 
 
-def read_bandwidth(arch):
-    """Bytes a second of a kernel that only reads, and what nvidia-smi says meanwhile (a dict of text)."""
+def read_rates(arch):
+    """Bytes a second that each of READERS reads, the best of them, and what nvidia-smi says meanwhile.
+
+    Each first adds up what it reads, in the code that is timed: a reader that leaves something out is no
+    floor. One that a GPU cannot run, for lack of shared memory, is left out.
+    """
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "probe.cu"), Path(folder, "probe.so")
         source.write_text(PROBE)
         subprocess.run([nvcc(), *flags({}, arch), "-shared", "-Xcompiler", "-fPIC", "-o", library, source],
                        check=True, capture_output=True)
-        probe, pointer = ctypes.CDLL(str(library)).probe, ctypes.c_void_p
-    probe.argtypes = pointer, ctypes.c_size_t, pointer, ctypes.c_int, pointer
+        probe, pointer, number = ctypes.CDLL(str(library)).probe, ctypes.c_void_p, ctypes.c_int
+    probe.argtypes = number, number, number, pointer, ctypes.c_size_t, pointer, number, number, pointer
     gpu = torch.cuda.get_device_properties(0)
-    size = min(8 << 30, torch.cuda.mem_get_info()[0] // 2)                      # far more than L2 holds
+    whole = gpu.multi_processor_count * (1280 << 10)                            # cuts no reader's last round
+    size = min(8 << 30, torch.cuda.mem_get_info()[0] // 2) // whole * whole     # far more than L2 holds
     data = torch.empty(size // 4, dtype=torch.int32, device="cuda").random_()   # zeros could be read faster
-    sink, bandwidths = torch.zeros(1, dtype=torch.int32, device="cuda"), []
-    for blocks in (gpu.multi_processor_count * i for i in (1, 2, 4)):
-        n = size // 16 // (blocks * 512 * 8) * (blocks * 512 * 8)               # no pass of the loop is cut
+    total, expected, rates = torch.zeros(1, dtype=torch.int32, device="cuda"), int(data.sum()), {}
 
-        def read(blocks=blocks, n=n):
-            if error := probe(data.data_ptr(), n, sink.data_ptr(), blocks,
-                              torch.cuda.current_stream().cuda_stream):
-                raise Refused(f"the GPU cannot be read (CUDA error {error}): end what else uses it")
-        bandwidths.append(n * 16 / median(sample(read)) * 1e6)
+    def read(reader, check=0):
+        return probe(*READERS[reader], data.data_ptr(), size, total.data_ptr(), check,
+                     gpu.multi_processor_count, torch.cuda.current_stream().cuda_stream)
+    for reader in READERS:
+        total.zero_()
+        if error := read(reader, check=1):
+            continue
+        if (int(total) - expected) % 2**32:
+            raise Refused(f"wrong, so not timed: {reader} do not add up to what the memory holds")
+        us = sample(functools.partial(read, reader), steps=2)
+        rates[reader] = [size * 1e6 / value for value in np.percentile(us, (90, 50, 10))]
+    if not rates:
+        raise Refused(f"the GPU cannot be read (CUDA error {error}): end what else uses it")
+    best = max(rates, key=lambda reader: rates[reader][1])
     for _ in range(500):                                                        # load for about a second
-        read()
+        read(best)
     fields = "driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id=GPU-{gpu.uuid}"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
         said = ""
-    return max(bandwidths), dict(zip(fields.split(","), said.strip().split(", ")))
+    return {"reads": rates, "read_by": best, "read_bytes_a_second": rates[best][1],
+            **dict(zip(fields.split(","), said.strip().split(", ")))}
 
 
 class Case:
@@ -147,8 +233,9 @@ class Case:
         """`hf()` gives a transformers model of the same shape."""
         self.model, self.cache, self.context, self.hf = model, cache, context, hf
         rng = torch.Generator(cache.device).manual_seed(context)
-        self.tokens = torch.randint(model.config.vocab, (1, context + 1), generator=rng, device=cache.device)
-        self.token = self.tokens[:, context:]
+        c = model.config
+        self.tokens = torch.randint(c.vocab, (1, c.context), generator=rng, device=cache.device)
+        self.token = self.tokens[:, context:context + 1]
         self.start = context - STEPS // 2             # a sample's steps stand at start..start+STEPS-1
         self.fill()
         self.exact = exact_logits(model, self.token, cache, context)
@@ -168,38 +255,40 @@ class Case:
 
 
 def exact_logits(model, token, cache, pos):
-    """Logits [V] float64 of one token [1, 1]. Block by block: a float64 copy of 12b would not fit."""
-    x = F.embedding(token, model.embed_in).double()
+    """Logits [V] float64 of one token [1, 1]. Layer by layer: a float64 copy of 12b would not fit."""
+    x, rope = embedding(token, model.embed_in).double(), model.rope[:, pos:pos + 1]
     for block, kv in zip(model.blocks, cache):
-        x = copy.deepcopy(block).double()(x, kv.double(), pos)
-    x = F.layer_norm(x, x.shape[-1:], model.lnf_w.double(), model.lnf_b.double(), model.config.eps)
-    return F.linear(x, model.embed_out.double()).flatten()
+        x = copy.deepcopy(block).double()(x, rope, kv.double(), pos)
+    x = layer_norm(x, x.shape[-1:], model.lnf_w.double(), model.lnf_b.double(), model.config.eps)
+    return linear(x, model.embed_out.double()).flatten()
 
 
-def time_fused(case, fused, step=None, tokens=Fused.TOKENS):
-    """Times `step`, which makes `tokens`; by default it is a launch."""
-    step = step or functools.partial(fused.step, tokens=tokens)
+def time_fused(case, fused, sampler=SAMPLERS["greedy"], step=None, tokens=Fused.TOKENS):
+    """Times `step`, which makes `tokens`; by default it is a launch. Every sample has a seed of its own."""
+    step = step or functools.partial(fused.step, tokens)
     if STEPS % tokens:
         raise Refused(f"launches of {tokens} tokens do not make a sample of {STEPS}: take a divisor")
     case.fill()
-    fused.start(case.token, case.context)
+    fused.start(case.token, case.context, sampler)
     fused.step()
     error = case.error(fused.logits, case.limit)
-    if fused.history[case.context] != fused.logits.argmax():
-        raise Refused("wrong, so not timed: the token is not the argmax of the logits")
-
-    restart = functools.partial(fused.start, case.token, case.start)
+    if fused.history[case.context] != int(sampler(fused.logits, case.context + 1)):
+        raise Refused("wrong, so not timed: the token is not the one that Sampler takes from these logits")
 
     def text(function, times):
-        restart()
+        fused.start(case.token, case.start, sampler)
         fused.history.fill_(-1)
         for _ in range(times):
             function()
+        torch.cuda.synchronize()
         return fused.history[case.start:case.start + STEPS].tolist()
     if text(fused.step, STEPS) != text(step, STEPS // tokens):
         raise Refused("wrong, so not timed: tokens unlike those of launches of one token")
-    note = ", ".join(f"{name} {fused.defines[name]}" for name in ("CLUSTER", "THREADS", "ROWS"))
-    return {"us": sample(step, restart, tokens), "error": error, "note": note}
+    seeds, note = itertools.count(), (f"{name} {fused.defines[name]}" for name in ("CLUSTER", "THREADS", "ROWS"))
+
+    def restart():
+        fused.start(case.token, case.start, replace(sampler, seed=next(seeds)))
+    return {"us": sample(step, restart, tokens), "error": error, "note": ", ".join(note)}
 
 
 def time_eager(case):
@@ -224,25 +313,25 @@ def plain_step(case, own_layout=False, bias_apart=False, two_streams=False, stat
     """
     case.fill()
     model, c, pos, token = case.model, case.model.config, case.context, case.token.flatten().clone()
-    C, NH, HS, R = c.hidden, c.n_head, c.head_size, c.rotary_dims
+    C, NH, HS, ROT = c.hidden, c.n_head, c.head_size, c.rotary_dims
     end = -(-(pos + 1) // 256) * 256 if static else pos + 1
     where, positions = torch.tensor([pos], device=token.device), torch.arange(end, device=token.device)
     # RoPE for q, k and v alike, x * cos + x[partner] * sin, with cos 1 and sin 0 where nothing turns
     partner = torch.arange(HS, device=token.device)
-    partner[:R] = partner[:R].roll(R // 2)
+    partner[:ROT] = partner[:ROT].roll(ROT // 2)
     cos, sin = (table(end, 3, HS, device=token.device) for table in (torch.ones, torch.zeros))
-    cos[:, :2, :R] = model.rope_cos[:end].repeat(1, 2)[:, None]
-    sin[:, :2, :R] = torch.cat((-model.rope_sin[:end], model.rope_sin[:end]), 1)[:, None]
+    cos[:, :2, :ROT] = model.rope[0, :end].repeat(1, 2)[:, None]
+    sin[:, :2, :ROT] = torch.cat((-model.rope[1, :end], model.rope[1, :end]), 1)[:, None]
     layout = torch.Tensor.contiguous if own_layout else torch.Tensor.detach
     layers = [(b, kv[..., :end, :].nan_to_num(), layout(b.w_out.T), layout(b.w_down.T))
               for b, kv in zip(model.blocks, case.cache)]
     side = torch.cuda.Stream() if two_streams else None
 
-    def linear(x, w, b):
-        return F.linear(x, w) + b if bias_apart else F.linear(x, w, b)
+    def project(x, w, b):
+        return linear(x, w) + b if bias_apart else linear(x, w, b)
 
     def attention(x, b, kv, w_out):                                               # kv [2, 1, NH, end, HS]
-        qkv = linear(F.layer_norm(x, (C,), b.ln1_w, b.ln1_b, c.eps), b.w_qkv, b.b_qkv).view(NH, 3, HS)
+        qkv = project(layer_norm(x, (C,), b.ln1_w, b.ln1_b, c.eps), b.w_qkv, b.b_qkv).view(NH, 3, HS)
         at = where if static else pos
         qkv = (qkv * cos[at] + qkv[..., partner] * sin[at]).to(x.dtype)
         kv.index_copy_(3, where, qkv[:, 1:].transpose(0, 1).reshape(2, 1, NH, 1, HS))
@@ -252,15 +341,15 @@ def plain_step(case, own_layout=False, bias_apart=False, two_streams=False, stat
             p = scores.masked_fill(~mask[:, 0], -torch.inf).softmax(-1)
             o = (p[..., None] * kv[1]).sum(2).to(x.dtype)
         else:
-            o = F.scaled_dot_product_attention(q, kv[0], kv[1], mask)
-        return linear(o.reshape(1, C), w_out, b.b_out)
+            o = attend(q, kv[0], kv[1], mask)
+        return project(o.reshape(1, C), w_out, b.b_out)
 
     def mlp(x, b, w_down):
-        hidden = linear(F.layer_norm(x, (C,), b.ln2_w, b.ln2_b, c.eps), b.w_up, b.b_up)
-        return linear(F.gelu(hidden), w_down, b.b_down)
+        hidden = project(layer_norm(x, (C,), b.ln2_w, b.ln2_b, c.eps), b.w_up, b.b_up)
+        return project(gelu(hidden), w_down, b.b_down)
 
     def step():
-        x = F.embedding(token, model.embed_in)                                    # [1, C]
+        x = embedding(token, model.embed_in)                                    # [1, C]
         for b, kv, w_out, w_down in layers:
             if side is None:
                 x = x + (attention(x, b, kv, w_out) + mlp(x, b, w_down))
@@ -271,7 +360,7 @@ def plain_step(case, own_layout=False, bias_apart=False, two_streams=False, stat
             attn = attention(x, b, kv, w_out)
             torch.cuda.current_stream().wait_stream(side)
             x = x + (attn + added)
-        logits = F.linear(F.layer_norm(x, (C,), model.lnf_w, model.lnf_b, c.eps), model.embed_out)
+        logits = linear(layer_norm(x, (C,), model.lnf_w, model.lnf_b, c.eps), model.embed_out)
         chosen = logits.argmax(-1)
         if static:
             token.copy_(chosen)
@@ -321,9 +410,23 @@ def attempt(function, *args, **kwargs):
     return result
 
 
-def best_of(case, settings):
-    """The fastest result of {name: setting}; its note says which, and how others failed."""
-    results = {name: attempt(time_captured, case, **setting) for name, setting in settings.items()}
+@contextmanager
+def cudnn_attention(allowed):
+    """Whether PyTorch may choose cuDNN's kernel for attention."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(allowed)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def best_of(settings, function, *args):
+    """The fastest result of `function` in {name: setting}; its note says which, and how others failed."""
+    def run(cudnn=True, **setting):
+        with cudnn_attention(cudnn):
+            return function(*args, **setting)
+    results = {name: attempt(run, **setting) for name, setting in settings.items()}
     medians = {name: median(result["us"]) for name, result in results.items() if "us" in result}
     failures = [f"{name}: {result['failed']}" for name, result in results.items() if "us" not in result]
     if not medians:
@@ -338,44 +441,50 @@ def greedy(hf, prompt, new, **kwargs):
                        pad_token_id=0, **kwargs)
 
 
-def time_generate(case, **kwargs):
-    """Microseconds of each new token of generate(), in calls that make NEW of them around `case.context`."""
-    first = max(1, min(case.context - NEW // 2, case.model.config.context - NEW))
-    us, times = [], []                                            # times: the prompt's, then each token's
+def time_generate(case, fresh=True, **kwargs):
+    """Microseconds of each new token of generate(), in a call that makes NEW of them around `case.context`.
+
+    A call before it warms up, or compiles. If `fresh`, it does so at other lengths than those that are timed.
+    """
+    last, times = case.model.config.context, []                   # times: the prompt's, then each token's
+    first = max(1, min(case.context - NEW // 2, last - NEW))
+    other = first + NEW if first + 2 * NEW <= last else first - NEW
     streamer = SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
-    for i in range(5):
+    for length, new in ((other, 8) if fresh else (first, NEW), (first, NEW)):
         times.clear()
-        greedy(case.hf(), case.tokens[:, :first], NEW, streamer=streamer, **kwargs)
-        if i > 0:                                                 # the first call warms up, or compiles
-            us += (np.diff(times[1:]) * 1e6).tolist()
-    return {"us": us}
+        greedy(case.hf(), case.tokens[:, :length], new, streamer=streamer, **kwargs)
+    return {"us": (np.diff(times[1:]) * 1e6).tolist()}
 
 
-def time_first(generate):
-    """Microseconds from a prompt to the second new token: prefill and the first decode step."""
+def time_first(generate, prompt):
+    """Microseconds of generate(prompt [1, T]) for 13 lengths T around PROMPT, the first three thrown away."""
     us = []
-    for _ in range(13):
+    for length in range(PROMPT - 12, PROMPT + 13, 2):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        generate()
+        generate(prompt[:, :length])
         torch.cuda.synchronize()
         us.append((time.perf_counter() - started) * 1e6)
     return {"us": us[3:]}
 
 
+CUDNN = {"as it comes": {}, "without cuDNN's attention": {"cudnn": False}}
 TUNED = {"mode": "max-autotune-no-cudagraphs", "own_layout": True, "bias_apart": True}
 DEFAULT = {"mode": "default", "own_layout": True}
 CAPTURED = {  # what best_of tries for each of these baselines
-    "graph": {"one stream": {}, "two streams": {"two_streams": True},
-              "one stream, [out, in]": {"own_layout": True},
-              "two streams, [out, in]": {"own_layout": True, "two_streams": True}},
-    "compile": {"default mode": DEFAULT, "max-autotune": TUNED},
+    "graph": {"one stream": {}, "one stream, [out, in]": {"own_layout": True},
+              **{f"two streams{layout}{note}": {"two_streams": True, **own, **cudnn}
+                 for layout, own in (("", {}), (", [out, in]", {"own_layout": True}))
+                 for note, cudnn in (("", {}), (", no cuDNN", {"cudnn": False}))}},
+    "compile": {"default mode": DEFAULT, "max-autotune": TUNED,
+                "max-autotune, no cuDNN": TUNED | {"cudnn": False}},
     "compile-static": {"default mode": DEFAULT | {"static": True}, "max-autotune": TUNED | {"static": True},
                        "max-autotune, attention written out": TUNED | {"static": True, "written_out": True}}}
-BASELINES = {"eager": time_eager,
-             **{name: functools.partial(best_of, settings=settings) for name, settings in CAPTURED.items()},
-             "transformers": time_generate,
-             "transformers-static": functools.partial(time_generate, cache_implementation="static")}
+PLAIN = {"eager": time_eager, **{name: functools.partial(best_of, settings, time_captured)
+                                 for name, settings in CAPTURED.items()}}
+BASELINES = PLAIN | {
+    "transformers": functools.partial(best_of, CUDNN, time_generate),
+    "transformers-static": functools.partial(time_generate, fresh=False, cache_implementation="static")}
 ABLATIONS = {"as shipped": {}, **{f"clusters of {k}": {"cluster": k} for k in (1, 2, 4, 8)},
              **{f"{n} threads at least": {"threads": n} for n in (128, 256, 384, 512)},
              **{f"{n} rows a team and tile": {"rows": n} for n in (2, 4, 8)}, "no pace": {"pace": 2**20}}
