@@ -73,6 +73,10 @@ HERE = Path(__file__).resolve().parent
 STEPS, SAMPLES, WARM_UP = 16, 30, 3  # steps a sample, samples, samples thrown away
 NEW = 64                             # tokens that a timed call of transformers' generate makes
 PROMPT = 512                         # tokens before the first new one, for the time to the second
+SAMPLERS = {"greedy": Sampler(), "T 0.7, top-p 0.95": Sampler(0.7, top_p=0.95), "T 1": Sampler(1.0),
+            "T 1, top-k 40": Sampler(1.0, top_k=40),
+            "T 0.7, top-k 40, top-p 0.95": Sampler(0.7, top_k=40, top_p=0.95)}
+USUAL = "T 0.7, top-p 0.95"          # what generate.py does unless it is told otherwise
 
 PROBE = r"""
 #include <cstdint>
@@ -489,6 +493,7 @@ ABLATIONS = {"as shipped": {}, **{f"clusters of {k}": {"cluster": k} for k in (1
              **{f"{n} threads at least": {"threads": n} for n in (128, 256, 384, 512)},
              **{f"{n} rows a team and tile": {"rows": n} for n in (2, 4, 8)}, "no pace": {"pace": 2**20}}
 LAUNCHES = {"no graph": {"graph": False}, "one launch a token": {"tokens": 1}}  # of the kernel as shipped
+A_LAYER = "one launch a layer"
 
 COUNTED = 64  # tokens, around the context that is asked for
 COUNTERS = {  # Nsight Compute's names, on Hopper
@@ -509,59 +514,65 @@ class Results:
     """results/bench-<gpu>.json: {"gpu", "runs": {date: facts}, "rows": {key: row}}; new rows replace old."""
 
     def __init__(self, path, gpu, run):
-        self.path, self.run, self.wrong, self.fused = path, run, False, {}
-        self.data = json.loads(path.read_text()) if path.exists() else {"gpu": gpu, "runs": {}, "rows": {}}
+        self.path, self.run, self.wrong, self.greedy = path, run, False, {}
+        self.data = json.loads(path.read_text()) if path and path.exists() else {"gpu": gpu, "runs": {}, "rows": {}}
         self.data["runs"][run["date"]] = run
 
     def add(self, kind, model, context, what, function, *args, **kwargs):
         """Makes a row of what `function` returns, or of why it failed; prints it and writes the file."""
-        row = {"kind": kind, "model": model, "context": context, "run": self.run["date"]}
+        row = {"kind": kind, "model": model, "context": context, "what": what, "run": self.run["date"]}
         row |= attempt(function, *args, **kwargs)
         self.wrong |= row.get("failed", "").startswith("wrong")
         if kind in ("step", "ablation"):
-            if what in ("fused", "as shipped") and "us" in row:
-                self.fused[model, context] = median(row["us"])
+            if what in ("greedy", "as shipped") and "us" in row:
+                self.greedy[model, context] = median(row["us"])
             needed = token_bytes(Config.from_name(model), context)
             row |= {"floor_us": needed / self.run["read_bytes_a_second"] * 1e6,
-                    "fused_us": self.fused.get((model, context))}
+                    "greedy_us": self.greedy.get((model, context))}
         key = f"{kind} {model} {context} {what}"
         self.data["rows"][key] = row
         used = {row["run"] for row in self.data["rows"].values()}
         self.data["runs"] = {date: run for date, run in self.data["runs"].items() if date in used}
-        whole = self.path.with_suffix(".new")                     # a run that is killed leaves the old file
-        whole.write_text(json.dumps(self.data).replace(': {"kind"', ':\n{"kind"') + "\n")
-        whole.replace(self.path)
+        if self.path:
+            whole = self.path.with_suffix(".new")                 # a run that is killed leaves the old file
+            whole.write_text(json.dumps(self.data).replace(': {"kind"', ':\n{"kind"') + "\n")
+            whole.replace(self.path)
         error = f", error {row['error']:.2e}" if "error" in row else ""
         tqdm.write(f"{key}: {cell(row, spread=True, ratio=True, note=True)}{error}")
 
 
 def measure(args):
     """Measures what the command line asks for; the exit code is 1 if a result was wrong."""
-    if not torch.cuda.is_available():
-        raise Refused("no CUDA GPU is found: measure on a machine with one; --report needs none")
     torch.set_grad_enabled(False)
-    arch, gpu = device_arch("cuda"), torch.cuda.get_device_name()
-    bandwidth, state = read_bandwidth(arch)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and args.mode is not quality:
+        raise Refused("no CUDA GPU is found: measure on a machine with one; --report and --quality need none")
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "no GPU, so without fused and not recorded"
     run = {"date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), "kernel": kernel_hash(),
-           "command": shlex.join(["python", "bench.py", *sys.argv[1:]]), "read_bytes_a_second": bandwidth,
-           **state, "torch": torch.__version__, "cuda": torch.version.cuda,
-           "transformers": version("transformers")}
+           "command": shlex.join(["python", "bench.py", *sys.argv[1:]]), "torch": torch.__version__,
+           "cuda": torch.version.cuda, "transformers": version("transformers"),
+           **({} if args.mode is quality else read_rates(device_arch(device)))}
     slug = re.sub("[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia "))
-    results = Results(HERE / "results" / f"bench-{slug}.json", gpu, run)
+    results = Results(HERE / "results" / f"bench-{slug}.json" if device == "cuda" else None, gpu, run)
     tqdm.write("\n".join([gpu, *(f"  {key}: {value}" for key, value in run.items())]))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCH_EXTENSIONS_DIR"] = folder               # so that no kernel is found already built
-        build_all(args, results, arch)
-        for name in tqdm(args.models, desc="measuring", unit="model"):
+        if args.mode is quality:
+            name = os.path.basename(os.path.normpath(args.model))
+            for what, row in quality(args.model, args.text, device).items():
+                results.add("quality", name, row["tokens"], what, dict, row)
+        else:
+            build_all(args, results)
+        for name in tqdm(args.models if args.mode is not quality else [], desc="measuring", unit="model"):
             if failed := attempt(args.mode, name, args, results):  # too large for this GPU, for one
-                results.add("step", name, args.contexts[0], "fused", dict, failed)
+                results.add("step", name, args.contexts[0], "greedy", dict, failed)
     print(tables(results.data))
     return int(results.wrong)
 
 
-def build_all(args, results, arch):
+def build_all(args, results):
     """Compiles every kernel of this run, side by side; the seconds that each took are rows."""
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    arch, sms = device_arch("cuda"), torch.cuda.get_device_properties(0).multi_processor_count
     tunings = {ablate: ABLATIONS.values(), timeline: [{"extra": {"TIMELINE": 1}}]}.get(args.mode, [{}])
     jobs = [(name, tuning) for name in args.models for tuning in tunings]
 
@@ -588,9 +599,9 @@ def compare(name, args, results):
 
     def memory():
         nonlocal fused
-        fused = model.fuse(cache=cache)
+        fused = Fused(model, cache=cache)
         fused.start(0, 0)
-        fused.step(tokens=fused.TOKENS)                           # captures the graph
+        fused.step(fused.TOKENS)                                  # captures the graph
         torch.cuda.synchronize()
         return {"of_needed": (torch.cuda.max_memory_allocated() - before) / needed, "needed_bytes": needed}
     results.add("memory", name, 0, "memory", memory)
@@ -606,15 +617,16 @@ def compare(name, args, results):
     for context in args.contexts:
         case = Case(model, cache, context, hf)
         tqdm.write(f"step {name} {context} limit of fused, the float16 reference's error: {case.limit:.2e}")
-        if fused:
-            results.add("step", name, context, "fused", time_fused, case, fused)
+        for what, sampler in SAMPLERS.items() if fused else ():
+            results.add("step", name, context, what, time_fused, case, fused, sampler)
         for what in args.baselines:
             results.add("step", name, context, what, BASELINES[what], case)
-    if "transformers" in args.baselines:
-        prompt = torch.randint(1, config.vocab, (1, PROMPT), device="cuda")
+    if fused and "transformers" in args.baselines:
+        prompt = torch.randint(1, config.vocab, (1, PROMPT + 12), device="cuda")
         results.add("first", name, PROMPT, "fused", time_first,
-                    lambda: list(model.generate(prompt[0], 2, fused=True)))
-        results.add("first", name, PROMPT, "transformers", time_first, lambda: greedy(hf(), prompt, 2))
+                    lambda prompt: list(model.generate(prompt[0], 2, fused=fused)), prompt)
+        results.add("first", name, PROMPT, "transformers", best_of, CUDNN, time_first,
+                    lambda prompt: greedy(hf(), prompt, 2), prompt)
 
 
 def ablate(name, args, results):
@@ -623,24 +635,24 @@ def ablate(name, args, results):
     case, L = Case(model, model.new_cache(), args.contexts[0]), model.config.n_layer
 
     def variant(tokens=Fused.TOKENS, **tuning):
-        return time_fused(case, model.fuse(cache=case.cache, **tuning), tokens=tokens)
+        return time_fused(case, Fused(model, cache=case.cache, **tuning), tokens=tokens)
 
-    def launch_a_block():
-        fused, graph = model.fuse(cache=case.cache), torch.cuda.CUDAGraph()
+    def launch_a_layer():
+        fused, graph = Fused(model, cache=case.cache), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for i in range(L):
                 fused.launch(i, i + 1, tokens=int(i == L - 1))
-        return time_fused(case, fused, graph.replay, tokens=1)
+        return time_fused(case, fused, step=graph.replay, tokens=1)
     for what, tuning in (ABLATIONS | LAUNCHES).items():
         results.add("ablation", name, case.context, what, variant, **tuning)
-    results.add("ablation", name, case.context, "one launch a block", launch_a_block)
+    results.add("ablation", name, case.context, A_LAYER, launch_a_layer)
 
 
 def timeline(name, args, results):
     """When the blocks pass the kernel's marks, in us from a layer's start: means over layers."""
     model = Pythia.random(name, dtype=torch.float16, device="cuda")
     case = Case(model, model.new_cache(), args.contexts[0])
-    fused = model.fuse(cache=case.cache, extra={"TIMELINE": 1})
+    fused = Fused(model, cache=case.cache, extra={"TIMELINE": 1})
     blocks, L = fused.clusters * fused.defines["CLUSTER"], model.config.n_layer
 
     def step():
@@ -661,7 +673,7 @@ def timeline(name, args, results):
 def counted_run(name, context):
     """What ncu counts: one launch of COUNTED tokens, the second of its kind."""
     model = Pythia.random(name, dtype=torch.float16, device="cuda")
-    fused, cudart = model.fuse(), torch.cuda.cudart()
+    fused, cudart = Fused(model), torch.cuda.cudart()
     for begin in (lambda: None, cudart.cudaProfilerStart):
         fused.start(0, context - COUNTED // 2)
         torch.cuda.synchronize()
@@ -705,89 +717,190 @@ def read_counters(text, errors=""):
             "busy": values["busy"] / 100, "issued": values["issued"]}
 
 
+def quality(folder, text, device):
+    """{"float32", "float16", "fused": row}: how well each predicts the file `text`, how close it is to float32.
+
+    The text is cut into windows of the context's length. Its own next token follows each token, whatever a
+    model would have chosen. The references read a window at once; fused, which needs a GPU, token by token.
+    """
+    quiet(folder)
+    try:
+        text = Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"{text} cannot be read ({error}): give a text file in UTF-8") from error
+    exact, half = (Pythia.from_pretrained(folder, dtype=dtype, device=device)
+                   for dtype in (torch.float32, torch.float16))
+    models, context = {"float32": exact, "float16": half}, exact.config.context
+    if device == "cuda":
+        fused = Fused(half)
+        models["fused"] = lambda tokens: torch.cat([fused(tokens[:, i:i + 1], fused.cache, i)
+                                                    for i in range(tokens.shape[1])], dim=1)
+    tokens = torch.tensor([[*exact.config.eos[:1], *Text(folder, None).encode(text)]], device=device)
+    count, sums = tokens.shape[1] - 1, dict.fromkeys(models, 0)
+    if count < 1:
+        raise Refused("the text has no token to predict: give a longer one")
+    for first in tqdm(range(0, count, context), desc="reading", unit="window"):
+        following = tokens[0, first + 1:first + 1 + context]                    # [N]
+        window = tokens[:, first:first + len(following)]                        # [1, N]
+        truth = exact(window)[0]                                                # [N, V]
+        for what, model in models.items():
+            sums[what] += fidelity(model(window)[0].float(), truth, following)
+    means = {what: (total / count).tolist() for what, total in sums.items()}
+    return {what: {"tokens": count, "perplexity": math.exp(nats), "same": same, "top5": top5, "off": off}
+            for what, (nats, same, top5, off) in means.items()}
+
+
+def fidelity(logits, truth, following):
+    """Sums [4] float64 over tokens, of logits [N, V] against those of float32: nats of the token that follows;
+    equal likeliest tokens; share of the five likeliest that is in both; mean absolute error of a logit."""
+    five, true_five = (each.topk(5).indices for each in (logits, truth))        # [N, 5]
+    return torch.stack([each.double().sum() for each in (
+        cross_entropy(logits, following, reduction="none"), logits.argmax(-1) == truth.argmax(-1),
+        (five[:, :, None] == true_five[:, None]).sum((1, 2)) / 5, (logits - truth).abs().mean(-1))])
+
+
 # ---- report --------------------------------------------------------------------------------------------
 
 def report():
-    """Every results/bench-*.json as tables on standard output and in README.md, and as plots in assets/."""
+    """Writes docs/results.md and README.md's table from every results/bench-*.json, and plots into assets/."""
     paths = sorted((HERE / "results").glob("bench-*.json"), key=lambda path: path.stem)
     if not paths:
         raise Refused("results/ holds no bench-*.json: run bench.py on a GPU first")
     files = {path.stem: json.loads(path.read_text()) for path in paths}
     text = "\n\n".join(tables(data, plots(name, data)) for name, data in files.items())
+    for place, lines in ((HERE / "docs" / "results.md", text), (HERE / "README.md", short_table(files.values()))):
+        begin, end, old = "<!-- bench:begin -->", "<!-- bench:end -->", place.read_text()
+        if not 0 <= old.find(begin) < old.find(end):
+            raise Refused(f"{place} has no lines {begin} and {end}: add them where the tables belong")
+        place.write_text(f"{old[:old.index(begin)]}{begin}\n{lines}\n{old[old.index(end):]}")
     print(text)
-    readme, begin, end = HERE / "README.md", "<!-- bench:begin -->", "<!-- bench:end -->"
-    old = readme.read_text()
-    if not 0 <= old.find(begin) < old.find(end):
-        raise Refused(f"README.md has no lines {begin} and {end}: add them where the tables belong")
-    readme.write_text(f"{old[:old.index(begin)]}{begin}\n{text}\n{old[old.index(end):]}")
+
+
+def markdown(header, body):
+    """Lines of a table, without empty columns; no line if there is nothing but a first column."""
+    filled = [i for i in range(len(header)) if any(cells[i] for cells in body)]
+    lines = (header, len(header) * ["---"], *body) if len(filled) > 1 else ()
+    return ["| " + " | ".join(cells[i].replace("|", r"\|") for i in filled) + " |" for cells in lines]
+
+
+def steps_of(data):
+    """{(model, context): {what: row}} of the steps, by size and context."""
+    steps = {}
+    for row in data["rows"].values():
+        if row["kind"] == "step":
+            steps.setdefault((row["model"], row["context"]), {})[row["what"]] = row
+    return {place: steps[place] for place in sorted(steps, key=lambda p: (list(SIZES).index(p[0]), p[1]))}
+
+
+def short_table(files):
+    """README.md's table: a line a size and GPU, at the fewest tokens cached that were measured."""
+    body = []
+    for data in files:
+        steps = steps_of(data)
+        few = min((context for _, context in steps), default=0)
+        for (model, context), rows in steps.items():
+            if context == few and "us" in rows.get("greedy", {}):
+                plain = [what for what in PLAIN if "us" in rows.get(what, {})]
+                best = min(plain, key=lambda what: median(rows[what]["us"]), default="")
+                body.append([model.removeprefix("pythia-"), data["gpu"].removeprefix("NVIDIA "), *floors(rows),
+                             cell(rows.get(USUAL)), cell(rows.get(best), ratio=True) + f" {best}",
+                             cell(rows.get("transformers"), ratio=True)])
+    return "\n".join(markdown(["us a token", "GPU", "floor", "fused, greedy", "floor / greedy",
+                               f"fused, {USUAL}", "plain PyTorch, the best (times greedy)",
+                               "transformers (times greedy)"], body))
+
+
+def floors(rows, spread=False):
+    """Cells: the floor, fused greedy, and the first over the second."""
+    row = rows.get("greedy", {})
+    if "us" not in row:
+        return ["", cell(row), ""]
+    return [number(row["floor_us"]), cell(row, spread=spread), f"{row['floor_us'] / median(row['us']):.0%}"]
 
 
 def number(us):
     return f"{us:.1f}" if us < 100 else f"{us:.0f}"
 
 
-def cell(row, spread=False, ratio=False, note=False):
+def cell(row, spread=False, ratio=False, over=False, note=False):
     """A row in words: its median in microseconds, or what else it is about."""
+    row = row or {}
     if "us" not in row:
-        formats = {"failed": "{}", "seconds": "{:.1f} s", "of_needed": "{:.3f}", "layer_us": "{:.2f} us"}
+        formats = {"failed": "{}", "seconds": "{:.1f} s", "of_needed": "{:.3f}", "layer_us": "{:.2f} us",
+                   "perplexity": "perplexity {:.3f}"}
         return next((text.format(row[key]) for key, text in formats.items() if key in row), "")
     p10, p50, p90 = np.percentile(row["us"], (10, 50, 90))
+    greedy_us = row.get("greedy_us")
     return number(p50) + (f" ({number(p10)} to {number(p90)})" if spread else "") + (
-        f" ({p50 / row['fused_us']:.3g})" if ratio and row.get("fused_us") else "") + (
+        f" ({p50 / greedy_us:.3g})" if ratio and greedy_us else "") + (
+        f" ({p50 - greedy_us:+.1f})" if over and greedy_us else "") + (
         f" ({row['note']})" if note and "note" in row else "")
 
 
 def tables(data, images=()):
-    """Markdown: steps; time to the second token, memory, build; ablations; counters; runs; images."""
-    rows, out = data["rows"], []
+    """Markdown of a GPU's record: its tables, with a title each, its runs, and links to its plots."""
+    rows, runs, steps = data["rows"], data["runs"], steps_of(data)
 
     def get(*key):
         return rows.get(" ".join(map(str, key)), {})
 
-    def places(kind):
-        return sorted({(r["model"], r["context"]) for r in rows.values() if r["kind"] == kind},
-                      key=lambda place: (list(SIZES).index(place[0]), place[1]))
+    def of_kind(kind):
+        return [row for row in rows.values() if row["kind"] == kind]
 
-    def table(header, body):
-        filled = [i for i in range(len(header)) if any(cells[i] for cells in body)]
-        if len(filled) > 1:
-            for cells in (header, len(header) * ["---"], *body):
-                out.append("| " + " | ".join(cells[i].replace("|", r"\|") for i in filled) + " |")
-            out.append("")
-
-    steps, counted = [], []
-    for model, context in places("step"):
-        fused = get("step", model, context, "fused")
-        floor = number(fused["floor_us"]) if "us" in fused else ""
-        share = f"{fused['floor_us'] / median(fused['us']):.0%}" if "us" in fused else ""
-        steps.append([model, str(context), floor, cell(fused, spread=True), share,
-                      *(cell(get("step", model, context, what), ratio=True) for what in BASELINES)])
-    for model, context in places("counters"):
-        row = get("counters", model, context, "ncu")
-        cells = [row["failed"], "", "", "", ""] if "failed" in row else [
-            number(row["token_us"]), f"{row['needed'] / 1e6:.1f} MB", f"{row['read'] / 1e6:.1f} MB",
-            f"{row['busy']:.1%}", f"{row['issued']:.2f}"]
-        counted.append([f"{model}, {context} cached", *cells])
-    models = [[model, *(cell(get(kind, model, context, what)) for kind, context, what in (
-        ("first", PROMPT, "fused"), ("first", PROMPT, "transformers"), ("memory", 0, "memory"),
-        ("build", 0, "build")))] for model, _ in places("memory")]
-    ablated = places("ablation")
-    table(["us a token", "cached", "floor", "fused (p10 to p90)", "floor / fused",
-           *(f"{what} (times fused)" for what in BASELINES)], steps)
-    table(["model", f"{PROMPT} tokens in, 2 out: fused, us", "transformers, us",
-           "peak memory / (weights + cache)", "build"], models)
-    table(["us a token", *(f"{model}, {context} cached" for model, context in ablated)],
-          [[what, *(cell(get("ablation", *place, what), spread=True, note=what == "as shipped")
-                    for place in ablated)] for what in (*ABLATIONS, *LAUNCHES, "one launch a block")])
-    table(["counted by ncu, a token", "us", "bytes that it must read", "bytes read from memory",
-           "memory busy", "instructions a cycle and multiprocessor, of 4"], counted)
-    for date, run in sorted(data["runs"].items()):
+    counted, ablated = [], sorted({(row["model"], row["context"]) for row in of_kind("ablation")})
+    for row in of_kind("counters"):
+        counted.append([f"{row['model']}, {row['context']} cached", *(
+            [row["failed"], "", "", "", ""] if "failed" in row else [
+                number(row["token_us"]), f"{row['needed'] / 1e6:.1f} MB", f"{row['read'] / 1e6:.1f} MB",
+                f"{row['busy']:.1%}", f"{row['issued']:.2f}"])])
+    both = [(f"{model}, {context} cached", row["transformers"]) for (model, context), row in steps.items()
+            if "transformers" in row]
+    both += [(f"{row['model']}, {PROMPT} in, 2 out", row) for row in of_kind("first")]
+    last = max((run for run in runs.values() if "reads" in run), key=lambda run: run["date"], default={})
+    sections = {
+        "A token": (["us a token", "cached", "floor", "fused, greedy (p10 to p90)", "floor / greedy",
+                     f"fused, {USUAL}", *(f"{what} (times greedy)" for what in BASELINES)],
+                    [[model, str(context), *floors(row, spread=True), cell(row.get(USUAL), over=True),
+                      *(cell(row.get(what), ratio=True) for what in BASELINES)]
+                     for (model, context), row in steps.items()]),
+        "Sampling": (["us a token (more than greedy)", "cached", *SAMPLERS],
+                     [[model, str(context), *(cell(row.get(what), over=what != "greedy") for what in SAMPLERS)]
+                      for (model, context), row in steps.items()]),
+        "transformers": (["us", *CUDNN], [[where, *(number(us) if (us := row["settings_us"].get(what)) else ""
+                                                    for what in CUDNN)]
+                                          for where, row in both if "settings_us" in row]),
+        "First tokens, memory, build": (
+            ["model", f"{PROMPT} tokens in, 2 out: fused, us", "transformers, us",
+             "peak memory / (weights + cache)", "build"],
+            [[model, *(cell(get(kind, model, context, what)) for kind, context, what in (
+                ("first", PROMPT, "fused"), ("first", PROMPT, "transformers"), ("memory", 0, "memory"),
+                ("build", 0, "build")))] for model in SIZES if get("memory", model, 0, "memory")]),
+        "One thing changed": (
+            ["us a token", *(f"{model}, {context} cached" for model, context in ablated)],
+            [[what, *(cell(get("ablation", *place, what), spread=True, note=what == "as shipped")
+                      for place in ablated)] for what in (*ABLATIONS, *LAUNCHES, A_LAYER)]),
+        "Counters": (["counted by ncu, a token", "us", "bytes that it must read", "bytes read from memory",
+                      "memory busy", "instructions a cycle and multiprocessor, of 4"], counted),
+        "Fidelity": (["against float32", "", "tokens", "perplexity", "equal greedy tokens",
+                      "overlap of the top 5", "mean error of a logit"],
+                     [[row["model"], row["what"], str(row["tokens"]), f"{row['perplexity']:.4f}",
+                       f"{row['same']:.2%}", f"{row['top5']:.2%}", f"{row['off']:.2g}"]
+                      for row in of_kind("quality")]),
+        "Reading": (["reader", "TB/s (p10 to p90)"],
+                    [[reader, "{1:.3f} ({0:.3f} to {2:.3f})".format(*(rate / 1e12 for rate in rates))]
+                     for reader, rates in last.get("reads", {}).items()])}
+    out = [f"## {data['gpu']}"]
+    for title, table in sections.items():
+        if lines := markdown(*table):
+            out += ["", f"### {title}", "", *lines]
+    out += ["", "### Runs", ""]
+    for date, run in sorted(runs.items()):
         changed = "" if run["kernel"] == kernel_hash() else " (fused_block.cu has changed since)"
+        reads = f" reads {run['read_bytes_a_second'] / 1e12:.3f} TB/s ({run['read_by']})," if "reads" in run else ""
         facts = (f"{key} {run[key]}" for key in ("clocks.sm", "driver_version", "torch", "transformers")
                  if key in run)
-        out.append(f"- {data['gpu']}, {date}, `{run['command']}`, kernel {run['kernel'][:12]}{changed}, "
-                   f"reads {run['read_bytes_a_second'] / 1e12:.3f} TB/s, {', '.join(facts)}")
-    return "\n".join([*out, *(f"\n![{what}]({path})" for what, path in images)])
+        out.append(f"- {date}, `{run['command']}`, kernel {run['kernel'][:12]}{changed},{reads} {', '.join(facts)}")
+    return "\n".join([*out, *(f"\n![{what}](../{path})" for what, path in images)])
 
 
 def plots(name, data):
@@ -807,7 +920,7 @@ def plots(name, data):
             ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), grey)})
     colours = ("#0072B2", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#E69F00", "#F0E442")
     styles = {"floor": {"color": grey, "linestyle": "--"}}
-    for what, colour in zip(("fused", *BASELINES), colours, strict=True):
+    for what, colour in zip(("greedy", *BASELINES), colours, strict=True):
         styles[what] = {"color": colour, "marker": "o", "markersize": 4}
 
     def save(ax, title, part, xlabel):
@@ -816,14 +929,14 @@ def plots(name, data):
         ax.figure.savefig(HERE / images[-1][1], metadata={"Date": None}, bbox_inches="tight")
 
     curves = {}  # {(what, model): {tokens cached: ms a token}}
-    for key, row in data["rows"].items():
-        what, model, cached = key.split()[-1], row["model"], row["context"]
+    for row in data["rows"].values():
+        what, model, cached = row["what"], row["model"], row["context"]
         if row["kind"] == "timeline" and "marks_us" in row:
             save(draw_timeline(Figure(figsize=(8, 5.6)).gca(), row),
                  f"One layer of {model}, thread block by thread block", f"timeline-{model}",
                  f"us since the layer's start; {model}, {cached} tokens cached")
-        if row["kind"] == "step" and "us" in row:
-            if what == "fused":
+        if row["kind"] == "step" and what in styles and "us" in row:
+            if what == "greedy":
                 curves.setdefault(("floor", model), {})[cached] = row["floor_us"] / 1e3
             curves.setdefault((what, model), {})[cached] = median(row["us"]) / 1e3
     few, *more = sorted({cached for curve in curves.values() for cached in curve}) or [0]
@@ -835,17 +948,18 @@ def plots(name, data):
         ax.yaxis.set_major_formatter("{x:g}")
         ax.grid(color=grey, alpha=0.25, linewidth=0.6)
     sizes = {model: token_bytes(Config.from_name(model), 0) for _, model in curves}
+    labels = {"greedy": "fused"}
     for what, style in styles.items():  # of no points, plot() makes no line, nor does the legend
         size.plot(*zip(*sorted((sizes[model], curve[few]) for (of, model), curve in curves.items()
-                               if of == what and few in curve)), label=what, **style)
+                               if of == what and few in curve)), label=labels.get(what, what), **style)
     size.set(xscale="log")
     size.set_xticks([], minor=True)
     size.set_xticks(list(sizes.values()), [model.removeprefix("pythia-") for model in sizes])
     size.legend()
     for (what, model), curve in curves.items():
-        if what in ("floor", "fused"):
+        if what in ("floor", "greedy"):
             context.plot(*zip(*sorted(curve.items())), **styles[what])
-        if what == "fused":
+        if what == "greedy":
             context.annotate(model.removeprefix("pythia-"), max(curve.items()), (6, 0), va="center", size=9,
                              textcoords="offset points")
     save(size, "Time a token against model size", "size", f"model, {few} tokens cached")
@@ -883,7 +997,13 @@ def main(argv=None):
     mode("--ablate", const=ablate, help="the kernel with one thing changed at a time, instead of baselines")
     mode("--timeline", const=timeline, help="what each thread block does when in a layer, nothing else")
     mode("--counters", const=counters, help="bytes and instructions, as ncu counts them")
-    add("--report", action="store_true", help="README tables and plots from results/, no measuring")
+    mode("--quality", const=quality, help="fused and float16 against float32, on a text; without a GPU, "
+                                          "float16 alone, and nothing is recorded")
+    add("--model", default=TINY, metavar="FOLDER",
+        help="of --quality: a checkpoint in a folder, or on the Hub (default: tiny-pythia)")
+    add("--text", default=os.path.join(TINY, "heldout.txt"), metavar="FILE",
+        help="of --quality: a text in UTF-8 (default: tiny-pythia's held-out text)")
+    add("--report", action="store_true", help="docs/results.md, README's table and plots from results/")
     args = parser.parse_args(argv)
     args.contexts = args.contexts or ([128, 2000] if args.mode is compare else [128])
     args.models = ["pythia-" + size.removeprefix("pythia-") for size in args.models]

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from build import SHARED_BYTES, constants
-from model import Config, Pythia, Refused
+from checkpoint import Refused
+from model import Config, Pythia
 
 SOURCE = Path(__file__).with_name("fused_block.cu").read_text()
 READ_CEILING = 4.65e12  # bytes a second that the H200 in results/ reads; another reads 4.55e12

@@ -47,8 +47,10 @@ import build
 import emulator
 import generate
 from bench import COUNTERS, exact_logits, greedy, read_counters
+from build import Fused
+from checkpoint import Refused
 from emulator import SOURCE, kernel_constants
-from model import SIZES, Config, Fused, Pythia, Refused, Sampler
+from model import SIZES, Config, Pythia, Sampler
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = generate.TINY
@@ -1301,7 +1303,7 @@ def report_blocks(name, model, decoders, repeats=3):
 def test_fused_block(name):
     model = random_half(cut(name))
     default = build.default_cluster(model.config, multiprocessors())
-    report_blocks(name, model, ((model.fuse(cluster=k), POSITIONS if k == default else SOME_POSITIONS)
+    report_blocks(name, model, ((Fused(model, cluster=k), POSITIONS if k == default else SOME_POSITIONS)
                                 for k in CLUSTERS))
 
 
@@ -1347,7 +1349,7 @@ def test_fused_step(name):
     """At full depth, after a prompt."""
     model = random_half(Config.from_name(name))
     cache, last = model.new_cache(), model.config.context - 1
-    fused = model.fuse(cache, graph=False)
+    fused = Fused(model, cache, graph=False)
     rng = torch.Generator(DEVICE).manual_seed(0)
     tokens = torch.randint(model.config.vocab, (1, last + 1), generator=rng, device=DEVICE)
     model.body(tokens[:, :last], cache, 0)
@@ -1410,7 +1412,7 @@ def stage_errors(model, fused, plain, positions):
 @torch.inference_mode()
 def test_fused_stages(name):
     model = random_half(cut(name))
-    rows, unlike = stage_errors(model, model.fuse(extra={"TAPS": 1}), model.fuse(), (17, 1000))
+    rows, unlike = stage_errors(model, Fused(model, extra={"TAPS": 1}), Fused(model), (17, 1000))
     for stage, ratio, mine, fp16, where in rows:
         report(name, f"{stage}: {mine:.0e} / fp16 {fp16:.0e}, {where}", ratio, 1)
     report(name, "positions where taps change the bits of y", unlike)
@@ -1436,7 +1438,7 @@ def report_mutant(mutant, model, broken, positions, where=""):
 @torch.inference_mode()
 def test_mutants(mutant):
     model = random_half(cut("pythia-160m"))
-    report_mutant(mutant, model, model.fuse(extra={"TAPS": 1, "MUTANT": mutant}), (17, 1000))
+    report_mutant(mutant, model, Fused(model, extra={"TAPS": 1, "MUTANT": mutant}), (17, 1000))
 
 
 def launches(mutant):
@@ -1452,7 +1454,7 @@ def launches(mutant):
         fused.launch(0, SYNCS.n_layer, tokens=1)
         fused.wait(torch.cuda.current_stream())
         return fused.logits.clone()
-    right, broken = launch(model.fuse(cache)), model.fuse(cache, extra={"MUTANT": mutant})
+    right, broken = launch(Fused(model, cache)), Fused(model, cache, extra={"MUTANT": mutant})
     shown, error, start = 0, "", time.perf_counter()
     try:
         for _ in range(200):
@@ -1600,7 +1602,7 @@ def test_hand_over():
     model, rng = tiny_half(), torch.Generator(DEVICE).manual_seed(0)
     tokens = torch.randint(model.config.vocab, (1, 260), generator=rng, device=DEVICE)
     exact = copy.deepcopy(model).double()(tokens)[0, 100:]
-    fused = model.fuse(model.new_cache().fill_(math.nan))
+    fused = Fused(model, model.new_cache().fill_(math.nan))
     alone = model.new_cache().fill_(math.nan)
 
     def logits(cache, turns):
@@ -1624,7 +1626,7 @@ def test_fused_memory():
     gc.collect()
     before = torch.cuda.memory_allocated()
     model = random_half(Config.from_name("pythia-2.8b"))
-    fused = model.fuse()
+    fused = Fused(model)
     fused.start(5, 0)
     for _ in range(3):
         fused.step()
@@ -1690,7 +1692,7 @@ def report_edges(what, model, fused):
 @torch.inference_mode()
 def test_fused_edges():
     model = random_half(cut("pythia-160m"))
-    report_edges("edges", model, model.fuse())
+    report_edges("edges", model, Fused(model))
     report_lengths("edges", random_half(SHORT), fused=True)
     for temperature in (0, 1):
         spoilt = random_half(SHORT)
@@ -1703,7 +1705,7 @@ def test_fused_edges():
 @gpu
 def test_fused_refusals(monkeypatch):
     model = random_half(SHORT)
-    fused, cache = model.fuse(), model.new_cache()
+    fused, cache = Fused(model), model.new_cache()
     one = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
     odd = torch.zeros(cache.numel() + 1, dtype=torch.float16, device=DEVICE)[1:].view(cache.shape)
     report_refused("fuse float32", ["float32", "dtype float16"], Pythia.random(SHORT, device=DEVICE).fuse)
@@ -1734,7 +1736,7 @@ def test_fused_refusals(monkeypatch):
 def test_two_models():
     """Two models' steps interleaved on two streams; then the models are deleted and their graphs replayed."""
     models = [random_half(cut("pythia-160m")), tiny_half()]
-    decoders, starts, n = [model.fuse() for model in models], (17, 900), 200
+    decoders, starts, n = [Fused(model) for model in models], (17, 900), 200
     alone = []
     for fused, start in zip(decoders, starts, strict=True):
         fused.cache.normal_(generator=torch.Generator(DEVICE).manual_seed(start))
@@ -2116,7 +2118,7 @@ import torch
 from model import Config, Pythia
 config = replace(Config.from_name("pythia-31m"), n_layer=2, vocab=512)
 model = Pythia.random(config, 0, torch.float16, "cuda")
-fused = model.fuse(model.new_cache().zero_(), graph=False)
+fused = Fused(model, model.new_cache().zero_(), graph=False)
 fused.start(7, 40)
 for _ in range(3):
     fused.step()
