@@ -80,16 +80,12 @@ USUAL = "T 0.7, top-p 0.95"          # what generate.py does unless it is told o
 
 PROBE = r"""
 #include <cstdint>
-// A check adds up all that is read. A timed run only seems to use the sum: or else the compiler drops the loads.
+// Only a check adds up all that is read; but without any use of the sum, the compiler would drop the loads.
 __device__ void use(unsigned sum, bool check, unsigned* total) {
-  if (check) {
-    sum = __reduce_add_sync(~0u, sum);
-    if (threadIdx.x % 32 == 0) atomicAdd(total, sum);
-  } else if (sum == 0x5eed) {
-    *total = sum;
-  }
+  sum = __reduce_add_sync(~0u, sum);
+  if (threadIdx.x % 32 == 0 && (check || sum == 0x5eed)) atomicAdd(total, sum);
 }
-template <int LOADS>  // loads of 16 bytes by a thread that do not wait for each other
+template <int LOADS>  // of 16 bytes by a thread, none of which waits for another
 __global__ void load(const uint4* data, size_t n, bool stride, bool check, unsigned* total) {
   const size_t threads = size_t(gridDim.x) * blockDim.x, apart = stride ? threads : blockDim.x;
   const size_t first = size_t(blockIdx.x) * blockDim.x * (stride ? 1 : LOADS) + threadIdx.x;
@@ -103,7 +99,7 @@ __global__ void load(const uint4* data, size_t n, bool stride, bool check, unsig
   }
   use(sum, check, total);
 }
-// One warp a block keeps `slots` bulk copies of `bytes` in flight; a check waits until it has added up a tile.
+// Thread 0 keeps `slots` bulk copies of `bytes` in flight; only a check looks at what they bring.
 __global__ void ring(const char* data, size_t n, int bytes, int slots, bool own, bool check, unsigned* total) {
   extern __shared__ __align__(128) char s_tile[];
   __shared__ uint64_t s_full[16];
@@ -236,8 +232,7 @@ class Case:
     def __init__(self, model, cache, context, hf=None):
         """`hf()` gives a transformers model of the same shape."""
         self.model, self.cache, self.context, self.hf = model, cache, context, hf
-        rng = torch.Generator(cache.device).manual_seed(context)
-        c = model.config
+        c, rng = model.config, torch.Generator(cache.device).manual_seed(context)
         self.tokens = torch.randint(c.vocab, (1, c.context), generator=rng, device=cache.device)
         self.token = self.tokens[:, context:context + 1]
         self.start = context - STEPS // 2             # a sample's steps stand at start..start+STEPS-1
@@ -275,8 +270,8 @@ def time_fused(case, fused, sampler=SAMPLERS["greedy"], step=None, tokens=Fused.
     case.fill()
     fused.start(case.token, case.context, sampler)
     fused.step()
-    error = case.error(fused.logits, case.limit)
-    if fused.history[case.context] != int(sampler(fused.logits, case.context + 1)):
+    error, wanted = case.error(fused.logits, case.limit), int(sampler(fused.logits, case.context + 1))
+    if fused.history[case.context] != wanted:
         raise Refused("wrong, so not timed: the token is not the one that Sampler takes from these logits")
 
     def text(function, times):
@@ -288,11 +283,10 @@ def time_fused(case, fused, sampler=SAMPLERS["greedy"], step=None, tokens=Fused.
         return fused.history[case.start:case.start + STEPS].tolist()
     if text(fused.step, STEPS) != text(step, STEPS // tokens):
         raise Refused("wrong, so not timed: tokens unlike those of launches of one token")
-    seeds, note = itertools.count(), (f"{name} {fused.defines[name]}" for name in ("CLUSTER", "THREADS", "ROWS"))
-
-    def restart():
-        fused.start(case.token, case.start, replace(sampler, seed=next(seeds)))
-    return {"us": sample(step, restart, tokens), "error": error, "note": ", ".join(note)}
+    seeds = itertools.count()
+    us = sample(step, lambda: fused.start(case.token, case.start, replace(sampler, seed=next(seeds))), tokens)
+    note = ", ".join(f"{name} {fused.defines[name]}" for name in ("CLUSTER", "THREADS", "ROWS"))
+    return {"us": us, "error": error, "note": note}
 
 
 def time_eager(case):
@@ -382,18 +376,16 @@ def time_captured(case, mode=None, **setting):
     step, reset = plain_step(case, **setting)
     if mode:
         step = torch.compile(step, mode=mode, fullgraph=True, dynamic=False)
-    started = time.perf_counter()
     for _ in range(3):                                                            # compiles, tunes, allocates
         reset(case.context)
         step()
-    torch.cuda.synchronize()
-    seconds, graph = time.perf_counter() - started, torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits, _ = step()
     reset(case.context)
     graph.replay()
     error = case.error(logits, 2 * case.limit)
-    return {"us": sample(graph.replay, lambda: reset(case.start)), "error": error, "warm_up_s": seconds}
+    return {"us": sample(graph.replay, lambda: reset(case.start)), "error": error}
 
 
 def attempt(function, *args, **kwargs):
@@ -445,16 +437,16 @@ def greedy(hf, prompt, new, **kwargs):
                        pad_token_id=0, **kwargs)
 
 
-def time_generate(case, fresh=True, **kwargs):
+def time_generate(case, **kwargs):
     """Microseconds of each new token of generate(), in a call that makes NEW of them around `case.context`.
 
-    A call before it warms up, or compiles. If `fresh`, it does so at other lengths than those that are timed.
+    A call before it warms up, or compiles, at other lengths: a user's new text has lengths not met before.
     """
     last, times = case.model.config.context, []                   # times: the prompt's, then each token's
     first = max(1, min(case.context - NEW // 2, last - NEW))
     other = first + NEW if first + 2 * NEW <= last else first - NEW
     streamer = SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
-    for length, new in ((other, 8) if fresh else (first, NEW), (first, NEW)):
+    for length, new in ((other, 8), (first, NEW)):
         times.clear()
         greedy(case.hf(), case.tokens[:, :length], new, streamer=streamer, **kwargs)
     return {"us": (np.diff(times[1:]) * 1e6).tolist()}
@@ -474,12 +466,12 @@ def time_first(generate, prompt):
 
 CUDNN = {"as it comes": {}, "without cuDNN's attention": {"cudnn": False}}
 TUNED = {"mode": "max-autotune-no-cudagraphs", "own_layout": True, "bias_apart": True}
-DEFAULT = {"mode": "default", "own_layout": True}
+DEFAULT, TWO = {"mode": "default", "own_layout": True}, {"two_streams": True}
 CAPTURED = {  # what best_of tries for each of these baselines
     "graph": {"one stream": {}, "one stream, [out, in]": {"own_layout": True},
-              **{f"two streams{layout}{note}": {"two_streams": True, **own, **cudnn}
-                 for layout, own in (("", {}), (", [out, in]", {"own_layout": True}))
-                 for note, cudnn in (("", {}), (", no cuDNN", {"cudnn": False}))}},
+              "two streams": TWO, "two streams, [out, in]": TWO | {"own_layout": True},
+              "two streams, no cuDNN": TWO | {"cudnn": False},
+              "two streams, [out, in], no cuDNN": TWO | {"own_layout": True, "cudnn": False}},
     "compile": {"default mode": DEFAULT, "max-autotune": TUNED,
                 "max-autotune, no cuDNN": TUNED | {"cudnn": False}},
     "compile-static": {"default mode": DEFAULT | {"static": True}, "max-autotune": TUNED | {"static": True},
@@ -488,7 +480,7 @@ PLAIN = {"eager": time_eager, **{name: functools.partial(best_of, settings, time
                                  for name, settings in CAPTURED.items()}}
 BASELINES = PLAIN | {
     "transformers": functools.partial(best_of, CUDNN, time_generate),
-    "transformers-static": functools.partial(time_generate, fresh=False, cache_implementation="static")}
+    "transformers-static": functools.partial(time_generate, cache_implementation="static")}
 ABLATIONS = {"as shipped": {}, **{f"clusters of {k}": {"cluster": k} for k in (1, 2, 4, 8)},
              **{f"{n} threads at least": {"threads": n} for n in (128, 256, 384, 512)},
              **{f"{n} rows a team and tile": {"rows": n} for n in (2, 4, 8)}, "no pace": {"pace": 2**20}}
@@ -544,28 +536,26 @@ class Results:
 def measure(args):
     """Measures what the command line asks for; the exit code is 1 if a result was wrong."""
     torch.set_grad_enabled(False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and args.mode is not quality:
+    found = torch.cuda.is_available()
+    if not found and args.mode is not quality:
         raise Refused("no CUDA GPU is found: measure on a machine with one; --report and --quality need none")
-    gpu = torch.cuda.get_device_name() if device == "cuda" else "no GPU, so without fused and not recorded"
+    gpu = torch.cuda.get_device_name() if found else "CPU (fused needs a GPU; nothing is recorded)"
     run = {"date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), "kernel": kernel_hash(),
            "command": shlex.join(["python", "bench.py", *sys.argv[1:]]), "torch": torch.__version__,
            "cuda": torch.version.cuda, "transformers": version("transformers"),
-           **({} if args.mode is quality else read_rates(device_arch(device)))}
+           **({} if args.mode is quality else read_rates(device_arch("cuda")))}
     slug = re.sub("[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia "))
-    results = Results(HERE / "results" / f"bench-{slug}.json" if device == "cuda" else None, gpu, run)
+    results = Results(HERE / "results" / f"bench-{slug}.json" if found else None, gpu, run)
     tqdm.write("\n".join([gpu, *(f"  {key}: {value}" for key, value in run.items())]))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCH_EXTENSIONS_DIR"] = folder               # so that no kernel is found already built
         if args.mode is quality:
-            name = os.path.basename(os.path.normpath(args.model))
-            for what, row in quality(args.model, args.text, device).items():
-                results.add("quality", name, row["tokens"], what, dict, row)
+            quality(args, results)
         else:
             build_all(args, results)
-        for name in tqdm(args.models if args.mode is not quality else [], desc="measuring", unit="model"):
-            if failed := attempt(args.mode, name, args, results):  # too large for this GPU, for one
-                results.add("step", name, args.contexts[0], "greedy", dict, failed)
+            for name in tqdm(args.models, desc="measuring", unit="model"):
+                if failed := attempt(args.mode, name, args, results):  # too large for this GPU, for one
+                    results.add("step", name, args.contexts[0], "greedy", dict, failed)
     print(tables(results.data))
     return int(results.wrong)
 
@@ -579,7 +569,7 @@ def build_all(args, results):
     def build(name, tuning):
         started = time.perf_counter()
         load(constants(Config.from_name(name), arch, sms=sms, **tuning), arch)
-        return {"seconds": time.perf_counter() - started, "at_once": len(jobs)}
+        return {"seconds": time.perf_counter() - started}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         builds = [pool.submit(build, *job) for job in jobs]
         for (name, tuning), built in zip(jobs, builds):
@@ -603,7 +593,7 @@ def compare(name, args, results):
         fused.start(0, 0)
         fused.step(fused.TOKENS)                                  # captures the graph
         torch.cuda.synchronize()
-        return {"of_needed": (torch.cuda.max_memory_allocated() - before) / needed, "needed_bytes": needed}
+        return {"of_needed": (torch.cuda.max_memory_allocated() - before) / needed}
     results.add("memory", name, 0, "memory", memory)
 
     @functools.cache  # made by the baseline that needs it first
@@ -717,37 +707,38 @@ def read_counters(text, errors=""):
             "busy": values["busy"] / 100, "issued": values["issued"]}
 
 
-def quality(folder, text, device):
-    """{"float32", "float16", "fused": row}: how well each predicts the file `text`, how close it is to float32.
+def quality(args, results):
+    """How well float32, float16 and fused predict a text, and how close the last two come to the first.
 
-    The text is cut into windows of the context's length. Its own next token follows each token, whatever a
-    model would have chosen. The references read a window at once; fused, which needs a GPU, token by token.
+    The text is cut into windows of the context's length. Each token is followed by the text's own next token,
+    whatever a model would have chosen. The references read a window at once; fused reads token by token.
     """
-    quiet(folder)
+    quiet(args.model)
     try:
-        text = Path(text).read_text(encoding="utf-8")
+        text = Path(args.text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"{text} cannot be read ({error}): give a text file in UTF-8") from error
-    exact, half = (Pythia.from_pretrained(folder, dtype=dtype, device=device)
+        raise Refused(f"{args.text} cannot be read ({error}): give a text file in UTF-8") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    exact, half = (Pythia.from_pretrained(args.model, dtype=dtype, device=device)
                    for dtype in (torch.float32, torch.float16))
-    models, context = {"float32": exact, "float16": half}, exact.config.context
-    if device == "cuda":
-        fused = Fused(half)
-        models["fused"] = lambda tokens: torch.cat([fused(tokens[:, i:i + 1], fused.cache, i)
-                                                    for i in range(tokens.shape[1])], dim=1)
-    tokens = torch.tensor([[*exact.config.eos[:1], *Text(folder, None).encode(text)]], device=device)
-    count, sums = tokens.shape[1] - 1, dict.fromkeys(models, 0)
+    tokens = torch.tensor([*exact.config.eos[:1], *Text(args.model, None).encode(text)], device=device)
+    count, context, sums = len(tokens) - 1, exact.config.context, {}
     if count < 1:
-        raise Refused("the text has no token to predict: give a longer one")
+        raise Refused(f"{args.text} has no token to predict: give a longer text")
+    fused = Fused(half) if device == "cuda" else None
     for first in tqdm(range(0, count, context), desc="reading", unit="window"):
-        following = tokens[0, first + 1:first + 1 + context]                    # [N]
-        window = tokens[:, first:first + len(following)]                        # [1, N]
-        truth = exact(window)[0]                                                # [N, V]
-        for what, model in models.items():
-            sums[what] += fidelity(model(window)[0].float(), truth, following)
-    means = {what: (total / count).tolist() for what, total in sums.items()}
-    return {what: {"tokens": count, "perplexity": math.exp(nats), "same": same, "top5": top5, "off": off}
-            for what, (nats, same, top5, off) in means.items()}
+        following = tokens[first + 1:first + 1 + context]                       # [N]
+        window = tokens[None, first:first + len(following)]                     # [1, N]
+        logits = {"float32": exact(window)[0], "float16": half(window)[0].float()}  # [N, V] each
+        if fused:
+            logits["fused"] = torch.cat([fused(window[:, i:i + 1], fused.cache, i)[0]
+                                         for i in range(len(following))])
+        for what, values in logits.items():
+            sums[what] = sums.get(what, 0) + fidelity(values, logits["float32"], following)
+    for what, total in sums.items():
+        nats, same, top5, off = (total / count).tolist()
+        results.add("quality", os.path.basename(os.path.normpath(args.model)), count, what, dict,
+                    perplexity=math.exp(nats), same=same, top5=top5, off=off)
 
 
 def fidelity(logits, truth, following):
@@ -883,7 +874,7 @@ def tables(data, images=()):
                       "memory busy", "instructions a cycle and multiprocessor, of 4"], counted),
         "Fidelity": (["against float32", "", "tokens", "perplexity", "equal greedy tokens",
                       "overlap of the top 5", "mean error of a logit"],
-                     [[row["model"], row["what"], str(row["tokens"]), f"{row['perplexity']:.4f}",
+                     [[row["model"], row["what"], str(row["context"]), f"{row['perplexity']:.4f}",
                        f"{row['same']:.2%}", f"{row['top5']:.2%}", f"{row['off']:.2g}"]
                       for row in of_kind("quality")]),
         "Reading": (["reader", "TB/s (p10 to p90)"],
