@@ -20,16 +20,15 @@ results/bench-<gpu>.json. Only --report needs matplotlib: pip install matplotlib
 
 baselines, each with the best of its settings:
   eager                the reference in model.py, without reading tokens back
-  graph                a step of fixed shapes in a CUDA graph: one or two streams, two layouts of the weights,
-                       with and without cuDNN's attention
+  graph                a step of fixed shapes in a CUDA graph: one or two streams, two layouts of the weights
   compile              the same step under torch.compile, in a CUDA graph: default mode; and max-autotune,
                        which tunes by coordinate descent, with biases added apart, because inductor itself
-                       writes only products without a bias; this with and without cuDNN's attention
+                       writes only products without a bias
   compile-static       the same with a static cache of a multiple of 256 positions, masked, and the token and
                        its position on the device; also with attention written out as products and sums
-  transformers         generate() with its defaults, at text lengths that the process has not met before, as
-                       in a new text; and the same without cuDNN's attention, which plans anew for each length
+  transformers         generate() with its defaults, at text lengths that the process has not met before
   transformers-static  generate() with the static cache, which compiles itself
+graph, compile and transformers are also tried without cuDNN's attention, which plans anew for each length.
 graph and compile attend to a fixed number of positions, without a mask: one graph, one position. They could
 not go on to generate a text, as compile-static could.
 """
@@ -100,7 +99,8 @@ __global__ void load(const uint4* data, size_t n, bool stride, bool check, unsig
   use(sum, check, total);
 }
 // Thread 0 keeps `slots` bulk copies of `bytes` in flight; only a check looks at what they bring.
-__global__ void ring(const char* data, size_t n, int bytes, int slots, bool own, bool check, unsigned* total) {
+__global__ void ring(const char* data, size_t n, int bytes, int slots, bool own, bool check,
+                     unsigned* total) {
   extern __shared__ __align__(128) char s_tile[];
   __shared__ uint64_t s_full[16];
   const uint32_t tile_at = __cvta_generic_to_shared(s_tile), full_at = __cvta_generic_to_shared(s_full);
@@ -149,8 +149,8 @@ extern "C" int probe(int kind, int a, int b, const char* data, size_t n, unsigne
 READERS = {  # kernels of PROBE that only read: the kind, and two numbers that it takes
     **{f"loads, {n} blocks a multiprocessor": (0, n, 0) for n in (1, 2, 4)},
     **{f"loads, {n} threads for every 8 KB": (1, n, 0) for n in (256, 512)},
-    **{f"{n} bulk copies of {kb} KB, a region a block": (2, kb << 10, n) for kb, n in ((64, 3), (20, 10))},
-    **{f"{n} bulk copies of {kb} KB, dealt to blocks in turn": (3, kb << 10, n) for kb, n in ((32, 6), (64, 3))}}
+    **{f"{n} bulk copies of {kb} KB, a region a block": (2, kb << 10, n) for n, kb in ((3, 64), (10, 20))},
+    **{f"{n} bulk copies of {kb} KB, dealt out in turn": (3, kb << 10, n) for n, kb in ((6, 32), (3, 64))}}
 
 
 def token_bytes(config, cached):
@@ -493,12 +493,6 @@ COUNTERS = {  # Nsight Compute's names, on Hopper
     "busy": "dram__cycles_active.avg.pct_of_peak_sustained_elapsed",
     "issued": "sm__inst_executed.avg.per_cycle_elapsed"}
 
-PHASES = {  # what ends at the kernel's marks 1.. and at the next layer's first mark, and its colour
-    "S0 x, S1 LayerNorm": "#808080", "S2 q, k, v rows": "#0072B2", "S8 units, wait for (1)": "#56B4E9",
-    "S3-S5 rope, append, attend": "#D55E00", "S8 units, wait for (2)": "#56B4E9",
-    "S6, S7 out rows": "#E69F00", "S8 units": "#009E73", "S9 sum, wait for (3)": "#CC79A7",
-    "S9 add to x": "#F0E442", "wait for (4)": "#80808040"}
-
 
 # ---- runs ----------------------------------------------------------------------------------------------
 
@@ -507,7 +501,9 @@ class Results:
 
     def __init__(self, path, gpu, run):
         self.path, self.run, self.wrong, self.greedy = path, run, False, {}
-        self.data = json.loads(path.read_text()) if path and path.exists() else {"gpu": gpu, "runs": {}, "rows": {}}
+        self.data = {"gpu": gpu, "runs": {}, "rows": {}}
+        if path and path.exists():
+            self.data = json.loads(path.read_text())
         self.data["runs"][run["date"]] = run
 
     def add(self, kind, model, context, what, function, *args, **kwargs):
@@ -742,8 +738,8 @@ def quality(args, results):
 
 
 def fidelity(logits, truth, following):
-    """Sums [4] float64 over tokens, of logits [N, V] against those of float32: nats of the token that follows;
-    equal likeliest tokens; share of the five likeliest that is in both; mean absolute error of a logit."""
+    """Sums over N tokens [4] float64, of logits [N, V] and those of float32, `truth`: nats of the token that
+    follows; equal likeliest tokens; share of the five likeliest in common; mean absolute error of a logit."""
     five, true_five = (each.topk(5).indices for each in (logits, truth))        # [N, 5]
     return torch.stack([each.double().sum() for each in (
         cross_entropy(logits, following, reduction="none"), logits.argmax(-1) == truth.argmax(-1),
@@ -753,14 +749,20 @@ def fidelity(logits, truth, following):
 # ---- report --------------------------------------------------------------------------------------------
 
 def report():
-    """Writes docs/results.md and README.md's table from every results/bench-*.json, and plots into assets/."""
+    """Writes docs/results.md's tables and README.md's table from results/bench-*.json, and draws plots."""
     paths = sorted((HERE / "results").glob("bench-*.json"), key=lambda path: path.stem)
     if not paths:
         raise Refused("results/ holds no bench-*.json: run bench.py on a GPU first")
+    try:
+        from assets.plot import draw
+    except ImportError as error:
+        raise Refused("matplotlib is not installed: pip install matplotlib==3.11.2") from error
     files = {path.stem: json.loads(path.read_text()) for path in paths}
-    text = "\n\n".join(tables(data, plots(name, data)) for name, data in files.items())
-    for place, lines in ((HERE / "docs" / "results.md", text), (HERE / "README.md", short_table(files.values()))):
-        begin, end, old = "<!-- bench:begin -->", "<!-- bench:end -->", place.read_text()
+    sizes = {model: token_bytes(Config.from_name(model), 0) for model in SIZES}
+    text = "\n\n".join(tables(data, draw(name, data, sizes, BASELINES)) for name, data in files.items())
+    for place, lines in (("docs/results.md", text), ("README.md", short_table(files.values()))):
+        begin, end, place = "<!-- bench:begin -->", "<!-- bench:end -->", HERE / place
+        old = place.read_text()
         if not 0 <= old.find(begin) < old.find(end):
             raise Refused(f"{place} has no lines {begin} and {end}: add them where the tables belong")
         place.write_text(f"{old[:old.index(begin)]}{begin}\n{lines}\n{old[old.index(end):]}")
@@ -793,8 +795,9 @@ def short_table(files):
             if context == few and "us" in rows.get("greedy", {}):
                 plain = [what for what in PLAIN if "us" in rows.get(what, {})]
                 best = min(plain, key=lambda what: median(rows[what]["us"]), default="")
-                body.append([model.removeprefix("pythia-"), data["gpu"].removeprefix("NVIDIA "), *floors(rows),
-                             cell(rows.get(USUAL)), cell(rows.get(best), ratio=True) + f" {best}",
+                body.append([model.removeprefix("pythia-"), data["gpu"].removeprefix("NVIDIA "),
+                             *floors(rows), cell(rows.get(USUAL)),
+                             f"{cell(rows.get(best), ratio=True)} {best}".strip(),
                              cell(rows.get("transformers"), ratio=True)])
     return "\n".join(markdown(["us a token", "GPU", "floor", "fused, greedy", "floor / greedy",
                                f"fused, {USUAL}", "plain PyTorch, the best (times greedy)",
@@ -838,12 +841,11 @@ def tables(data, images=()):
     def of_kind(kind):
         return [row for row in rows.values() if row["kind"] == kind]
 
-    counted, ablated = [], sorted({(row["model"], row["context"]) for row in of_kind("ablation")})
-    for row in of_kind("counters"):
-        counted.append([f"{row['model']}, {row['context']} cached", *(
-            [row["failed"], "", "", "", ""] if "failed" in row else [
-                number(row["token_us"]), f"{row['needed'] / 1e6:.1f} MB", f"{row['read'] / 1e6:.1f} MB",
-                f"{row['busy']:.1%}", f"{row['issued']:.2f}"])])
+    def counted(row):
+        return [row["failed"], "", "", "", ""] if "failed" in row else [
+            number(row["token_us"]), f"{row['needed'] / 1e6:.1f} MB", f"{row['read'] / 1e6:.1f} MB",
+            f"{row['busy']:.1%}", f"{row['issued']:.2f}"]
+    ablated = sorted({(row["model"], row["context"]) for row in of_kind("ablation")})
     both = [(f"{model}, {context} cached", row["transformers"]) for (model, context), row in steps.items()
             if "transformers" in row]
     both += [(f"{row['model']}, {PROMPT} in, 2 out", row) for row in of_kind("first")]
@@ -855,11 +857,11 @@ def tables(data, images=()):
                       *(cell(row.get(what), ratio=True) for what in BASELINES)]
                      for (model, context), row in steps.items()]),
         "Sampling": (["us a token (more than greedy)", "cached", *SAMPLERS],
-                     [[model, str(context), *(cell(row.get(what), over=what != "greedy") for what in SAMPLERS)]
-                      for (model, context), row in steps.items()]),
-        "transformers": (["us", *CUDNN], [[where, *(number(us) if (us := row["settings_us"].get(what)) else ""
-                                                    for what in CUDNN)]
-                                          for where, row in both if "settings_us" in row]),
+                     [[*map(str, place), *(cell(row.get(what), over=what != "greedy") for what in SAMPLERS)]
+                      for place, row in steps.items() if USUAL in row]),
+        "transformers": (["us", *CUDNN], [
+            [where, *(number(row["settings_us"].get(what, math.nan)) for what in CUDNN)]
+            for where, row in both if "settings_us" in row]),
         "First tokens, memory, build": (
             ["model", f"{PROMPT} tokens in, 2 out: fused, us", "transformers, us",
              "peak memory / (weights + cache)", "build"],
@@ -871,7 +873,9 @@ def tables(data, images=()):
             [[what, *(cell(get("ablation", *place, what), spread=True, note=what == "as shipped")
                       for place in ablated)] for what in (*ABLATIONS, *LAUNCHES, A_LAYER)]),
         "Counters": (["counted by ncu, a token", "us", "bytes that it must read", "bytes read from memory",
-                      "memory busy", "instructions a cycle and multiprocessor, of 4"], counted),
+                      "memory busy", "instructions a cycle and multiprocessor, of 4"],
+                     [[f"{row['model']}, {row['context']} cached", *counted(row)]
+                      for row in of_kind("counters")]),
         "Fidelity": (["against float32", "", "tokens", "perplexity", "equal greedy tokens",
                       "overlap of the top 5", "mean error of a logit"],
                      [[row["model"], row["what"], str(row["context"]), f"{row['perplexity']:.4f}",
@@ -886,89 +890,14 @@ def tables(data, images=()):
             out += ["", f"### {title}", "", *lines]
     out += ["", "### Runs", ""]
     for date, run in sorted(runs.items()):
-        changed = "" if run["kernel"] == kernel_hash() else " (fused_block.cu has changed since)"
-        reads = f" reads {run['read_bytes_a_second'] / 1e12:.3f} TB/s ({run['read_by']})," if "reads" in run else ""
-        facts = (f"{key} {run[key]}" for key in ("clocks.sm", "driver_version", "torch", "transformers")
-                 if key in run)
-        out.append(f"- {date}, `{run['command']}`, kernel {run['kernel'][:12]}{changed},{reads} {', '.join(facts)}")
+        facts = [date, f"`{run['command']}`", f"kernel {run['kernel'][:12]}" + (
+            "" if run["kernel"] == kernel_hash() else " (fused_block.cu has changed since)")]
+        if "read_by" in run:
+            facts.append(f"reads {run['read_bytes_a_second'] / 1e12:.3f} TB/s ({run['read_by']})")
+        facts += [f"{key} {run[key]}" for key in ("clocks.sm", "driver_version", "torch", "transformers")
+                  if key in run]
+        out.append("- " + ", ".join(facts))
     return "\n".join([*out, *(f"\n![{what}](../{path})" for what, path in images)])
-
-
-def plots(name, data):
-    """Draws layers' timelines, ms a token by model size and by tokens cached, in assets/; [(what, path)].
-
-    Mid-grey and Okabe and Ito's colours (jfly.uni-koeln.de/color), to be read on white and on black.
-    """
-    try:
-        from matplotlib import rcParams
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise Refused("matplotlib is not installed: pip install matplotlib==3.11.2") from error
-    grey, images = "#808080", []
-    rcParams.update({
-        "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11, "legend.frameon": False,
-        "savefig.transparent": True, "axes.spines.top": False, "axes.spines.right": False, **dict.fromkeys(
-            ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), grey)})
-    colours = ("#0072B2", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#E69F00", "#F0E442")
-    styles = {"floor": {"color": grey, "linestyle": "--"}}
-    for what, colour in zip(("greedy", *BASELINES), colours, strict=True):
-        styles[what] = {"color": colour, "marker": "o", "markersize": 4}
-
-    def save(ax, title, part, xlabel):
-        images.append((title, f"assets/{name}-{part}.svg"))
-        ax.set(xlabel=f"{xlabel}; {data['gpu']}")
-        ax.figure.savefig(HERE / images[-1][1], metadata={"Date": None}, bbox_inches="tight")
-
-    curves = {}  # {(what, model): {tokens cached: ms a token}}
-    for row in data["rows"].values():
-        what, model, cached = row["what"], row["model"], row["context"]
-        if row["kind"] == "timeline" and "marks_us" in row:
-            save(draw_timeline(Figure(figsize=(8, 5.6)).gca(), row),
-                 f"One layer of {model}, thread block by thread block", f"timeline-{model}",
-                 f"us since the layer's start; {model}, {cached} tokens cached")
-        if row["kind"] == "step" and what in styles and "us" in row:
-            if what == "greedy":
-                curves.setdefault(("floor", model), {})[cached] = row["floor_us"] / 1e3
-            curves.setdefault((what, model), {})[cached] = median(row["us"]) / 1e3
-    few, *more = sorted({cached for curve in curves.values() for cached in curve}) or [0]
-    if not more:  # too little for a plot
-        return images
-    size, context = (Figure(figsize=(8, 4.8)).gca() for _ in range(2))
-    for ax in (size, context):
-        ax.set(ylabel="ms a token", yscale="log")
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.grid(color=grey, alpha=0.25, linewidth=0.6)
-    sizes = {model: token_bytes(Config.from_name(model), 0) for _, model in curves}
-    labels = {"greedy": "fused"}
-    for what, style in styles.items():  # of no points, plot() makes no line, nor does the legend
-        size.plot(*zip(*sorted((sizes[model], curve[few]) for (of, model), curve in curves.items()
-                               if of == what and few in curve)), label=labels.get(what, what), **style)
-    size.set(xscale="log")
-    size.set_xticks([], minor=True)
-    size.set_xticks(list(sizes.values()), [model.removeprefix("pythia-") for model in sizes])
-    size.legend()
-    for (what, model), curve in curves.items():
-        if what in ("floor", "greedy"):
-            context.plot(*zip(*sorted(curve.items())), **styles[what])
-        if what == "greedy":
-            context.annotate(model.removeprefix("pythia-"), max(curve.items()), (6, 0), va="center", size=9,
-                             textcoords="offset points")
-    save(size, "Time a token against model size", "size", f"model, {few} tokens cached")
-    save(context, "Time a token against tokens cached", "context",
-         "tokens cached (solid: fused, dashed: floor)")
-    return images
-
-
-def draw_timeline(ax, row):
-    """Draws one layer, a line a thread block; `ax` again."""
-    marks = np.array(row["marks_us"])
-    ends = np.c_[marks[:, 1:], marks[:, 0] + row["layer_us"]]
-    for (phase, colour), begin, end in zip(PHASES.items(), marks.T, ends.T):
-        ax.fill_betweenx(range(len(marks) + 1), np.r_[begin, begin[-1]], np.r_[end, end[-1]], step="post",
-                         color=colour, linewidth=0, label=phase)
-    ax.set(ylabel=f"thread block (those before {row['with_head']} have a head)", ylim=(len(marks), -1))
-    ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=9)
-    return ax
 
 
 def main(argv=None):
