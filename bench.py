@@ -226,6 +226,12 @@ def read_rates(arch):
             **dict(zip(fields.split(","), said.strip().split(", ")))}
 
 
+def read_rate(gpu):
+    """Bytes a second that the fastest reader got from a GPU of this kind, in the best run in results/."""
+    runs = json.loads((HERE / "results" / f"bench-{gpu}.json").read_text())["runs"].values()
+    return max(run["read_bytes_a_second"] for run in runs if "read_by" in run)
+
+
 class Case:
     """A model with `context` tokens in its cache, the next token, and that token's logits in float64."""
 
