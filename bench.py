@@ -767,7 +767,7 @@ def report():
     sizes = {model: token_bytes(Config.from_name(model), 0) for model in SIZES}
     text = "\n\n".join(tables(data, draw(name, data, sizes, BASELINES)) for name, data in files.items())
     for place, lines in (("docs/results.md", text), ("README.md", short_table(files.values()))):
-        begin, end, place = "<!-- bench:begin -->", "<!-- bench:end -->", HERE / place
+        begin, end, place = "<!-- results:begin -->", "<!-- results:end -->", HERE / place
         old = place.read_text()
         if not 0 <= old.find(begin) < old.find(end):
             raise Refused(f"{place} has no lines {begin} and {end}: add them where the tables belong")

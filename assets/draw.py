@@ -1,4 +1,4 @@
-"""Draws the README's figures: python assets/draw.py. The plots bench-*.svg are plot.py's."""
+"""Draws the README's figures: python assets/draw.py. The plots bench-*.svg are bench.py's."""
 from html import escape
 from pathlib import Path
 
