@@ -1044,7 +1044,7 @@ def test_emulator(name, positions):
             grid.residual[grid.steps % 2] = grid.to_word(x.numpy())
             grid.residual[grid.steps % 2] += grid.lacking(grid.residual[grid.steps % 2])
             grid.launch(token, position, 1, 2, lm_head=False)
-            truth = model.blocks[1](x.view(1, 1, C), cache[1], position)[0, 0].numpy()
+            truth = model.blocks[1](x.view(1, 1, C), model.rope[:, position:position + 1], cache[1], position)[0, 0].numpy()
             block.append(np.abs(grid.x() - truth).max() / unit / (clusters / 2 + 0.1))
             unused += untouched(grid, [1], False)
 
@@ -1281,7 +1281,7 @@ def report_blocks(name, model, decoders, repeats=3):
             x, kv16 = hard_input(C, rng), fused.cache[1].clone()
             kv = kv16.double()
             y = exact(x.double().view(1, 1, C), kv, pos)
-            y16 = block(x.view(1, 1, C), kv16, pos)
+            y16 = block(x.view(1, 1, C), model.rope[:, pos:pos + 1], kv16, pos)
             watched.remember()
             ours = launch_block(fused, x, pos)
             worst.append((*against(ours, y16, y), pos))
@@ -1643,7 +1643,7 @@ def report_edges(what, model, fused):
 
     def launch(x):
         kv = fused.cache[1].clone()
-        return launch_block(fused, x, pos), block(x.view(1, 1, C), kv.clone(), pos)[0, 0], kv
+        return launch_block(fused, x, pos), block(x.view(1, 1, C), model.rope[:, pos:pos + 1], kv.clone(), pos)[0, 0], kv
     usual = hard_input(C, rng)
     large = torch.where(usual.abs() > 30, 60000 * usual.sign(), usual)
     flat = torch.ones_like(usual)
