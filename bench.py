@@ -147,7 +147,7 @@ extern "C" int probe(int kind, int a, int b, const char* data, size_t n, unsigne
 }
 """
 READERS = {  # kernels of PROBE that only read: the kind, and two numbers that it takes
-    **{f"loads, {n} blocks a multiprocessor": (0, n, 0) for n in (1, 2, 4)},
+    **{f"loads, {512 * n} threads a multiprocessor": (0, n, 0) for n in (1, 2, 4)},
     **{f"loads, {n} threads for every 8 KB": (1, n, 0) for n in (256, 512)},
     **{f"{n} bulk copies of {kb} KB, a region a block": (2, kb << 10, n) for n, kb in ((3, 64), (10, 20))},
     **{f"{n} bulk copies of {kb} KB, dealt out in turn": (3, kb << 10, n) for n, kb in ((6, 32), (3, 64))}}
@@ -548,7 +548,7 @@ def measure(args):
            **({} if args.mode is quality else read_rates(device_arch("cuda")))}
     slug = re.sub("[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia "))
     results = Results(HERE / "results" / f"bench-{slug}.json" if found else None, gpu, run)
-    tqdm.write("\n".join([gpu, *(f"  {key}: {value}" for key, value in run.items())]))
+    tqdm.write("\n".join([gpu, *(f"  {key}: {value}" for key, value in run.items() if key != "reads")]))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCH_EXTENSIONS_DIR"] = folder               # so that no kernel is found already built
         if args.mode is quality:
