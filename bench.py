@@ -925,15 +925,17 @@ def main(argv=None):
     mode("--counters", const=counters, help="bytes and instructions, as ncu counts them")
     mode("--quality", const=quality, help="fused and float16 against float32, on a text; without a GPU, "
                                           "float16 alone, and nothing is recorded")
-    add("--model", default=TINY, metavar="FOLDER",
-        help="of --quality: a checkpoint in a folder, or on the Hub (default: tiny-pythia)")
-    add("--text", default=os.path.join(TINY, "heldout.txt"), metavar="FILE",
-        help="of --quality: a text in UTF-8 (default: tiny-pythia's held-out text)")
+    add("--model", metavar="FOLDER",
+        help="with --quality: a checkpoint in a folder, or on the Hub (default: tiny-pythia)")
+    add("--text", metavar="FILE", help="with --quality: a text in UTF-8 (default: tiny-pythia/heldout.txt)")
     add("--report", action="store_true", help="docs/results.md, README's table and plots from results/")
     args = parser.parse_args(argv)
     args.contexts = args.contexts or ([128, 2000] if args.mode is compare else [128])
     args.models = ["pythia-" + size.removeprefix("pythia-") for size in args.models]
     try:
+        if args.mode is not quality and (args.model or args.text):
+            raise Refused("--model and --text go with --quality: the sizes to measure are --models")
+        args.model, args.text = args.model or TINY, args.text or os.path.join(TINY, "heldout.txt")
         least = COUNTED // 2 if args.mode is counters else STEPS
         most = min(Config.from_name(name).context for name in args.models) - least
         if not all(least <= context <= most for context in args.contexts):
