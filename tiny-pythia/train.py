@@ -176,7 +176,7 @@ library_name: transformers
 # tiny-pythia
 
 A language model of Pythia's architecture (GPT-NeoX, parallel residual), small enough to be part of a
-repository. It writes the English of a few old books and knows nothing else: it is there to be run and tested.
+repository. It writes the English of a few old books and knows nothing else. Its purpose is to be run and tested.
 
 | | |
 |---|---|
@@ -195,11 +195,11 @@ repository. It writes the English of a few old books and knows nothing else: it 
 |---|---|---|---|---|---|---|---|
 {rows}
 
-Held out: of each text, cut into {pieces} pieces of equally many paragraphs, pieces {held}. Neither
-tokenizer nor weights are trained on them, but they choose the step that is kept. Before that, quotes and
-dashes become ASCII, wrapped lines of prose are joined, verse keeps its lines, italics marks and bracketed
-notes are dropped; held-out bytes are counted after this. A token's loss is taken with at most {context}
-tokens before it. `heldout.txt` has the beginning of each text's first held-out piece.
+Each text is cut into {pieces} pieces of equally many paragraphs, and pieces {held} are held out. Neither the
+tokenizer nor the weights are trained on them, but their loss decides which step is kept. Before a text is cut,
+its quotes and dashes become ASCII, the lines of a paragraph of prose are joined, verse keeps its lines, and marks
+of italics and bracketed notes are dropped. Held-out bytes are counted after this. The loss of a token is taken
+with at most {context} tokens before it. `heldout.txt` has the beginning of each text's first held-out piece.
 
 ## Training
 
