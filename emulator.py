@@ -26,7 +26,6 @@ from checkpoint import Refused
 from model import Config, Pythia
 
 SOURCE = Path(__file__).with_name("fused_block.cu").read_text()
-READ_CEILING = 4.65e12  # bytes a second that the H200 in results/ reads; another reads 4.55e12
 # fits bench.py's record at 128 tokens: bytes a second of a step, us of a layer without bytes, us once a token
 STEP_RATE, LAYER_US, TOKEN_US = 4.5e12, 4.15, 1.1
 
@@ -485,8 +484,9 @@ def explain(name, cluster=None, arch="sm_90a", position=128, sms=132):
     k = kernel_constants(constants(config, arch, cluster, sms=sms))
     if not 0 <= position < k.CTX:
         raise Refused(f"position {position} is not in 0..{k.CTX - 1}: take one that is")
-    clusters = fitting_clusters(k.K, sms)
-    blocks, us = clusters * k.K, 1e6 / READ_CEILING
+    from bench import read_rate  # slow to import, and needed only here
+    clusters, rate = fitting_clusters(k.K, sms), read_rate("h200")
+    blocks, us = clusters * k.K, 1e6 / rate
     work = []  # of each block: heads, hidden units, KB of heads, of K/V, of units, of all
     for block in range(blocks):
         plan, kb = make_plan(k, block, blocks, position), Counter()
@@ -515,7 +515,7 @@ ring      {k.STAGES} stages, {ring / 1024:.0f} of {k.SHARED_BYTES / 1024:.0f} Ki
 
 floor     a layer {layer / 1e6:.2f} MB, {layer * us:.2f} us; K/V {4 * k.C * position / 1e6:.2f} MB of it
           a token {token / 1e6:.1f} MB, {token * us:.1f} us; LM head {2 * k.V * k.C / 1e6:.1f} MB of it
-          at the {READ_CEILING / 1e12} TB/s that the H200 in results/ reads
+          at the {rate / 1e12:.3f} TB/s that the fastest reader gets from the H200 in results/
 expected  {expected_us(config, position):.0f} us a token on an H200, by a fit: see expected_us in emulator.py
 
 a layer:
