@@ -157,7 +157,7 @@ void count(void* barrier, int bytes, int arrivals) {
 void barrier_init(uint64_t* b, int n) { *(Mbarrier*)b = {0, 0, (uint16_t)n, (uint16_t)n}; }
 void barrier_arrive(uint64_t* b) { count(b, 0, 1); }
 void barrier_expect(uint64_t* b, uint32_t bytes) { count(b, bytes, 1); }
-bool barrier_open(uint64_t* b, uint32_t parity, bool = false) {
+bool barrier_open(uint64_t* b, uint32_t parity, bool) {
   if (((Mbarrier*)b)->phase == parity) yield();
   return ((Mbarrier*)b)->phase == parity;
 }
