@@ -39,9 +39,9 @@
 //     keys and values of T tokens: 4*C*T bytes      1.31 MB / 4.65 TB/s =    0.3 us a layer
 //     L layers, and 2*V*C bytes of the LM head     5.333 GB / 4.65 TB/s = 1147   us a token: the floor
 // 4.65 TB/s is what this H200 delivers to a kernel that does nothing but read (another H200: 4.55). The
-// kernel below takes 1216 us for a token, 6 % above the floor. Arithmetic is cheap beside that. One goal
-// therefore explains nearly everything in this file: memory must never sit idle while threads compute or
-// wait.
+// kernel below takes 1216 us for a token, 6 % above the floor. Arithmetic is cheap beside that: a kernel that
+// leaves out all sums across threads and GELU, which is wrong, is hardly faster, 1280 -> 1277 us. So one goal
+// explains nearly everything in this file: memory must never sit idle.
 //
 // How to read. Chapters 1 and 2 lead to chapter 3, the layer loop, which is the whole algorithm. Chapters 4
 // to 9 each take a problem that the loop leaves open. Chapter 10 divides the work, and chapter 11 tells one
@@ -59,8 +59,8 @@
 
 // 1. Two loops ============================================================================================
 // All matrices of a layer can be stored as rows of C numbers. Rows of w_qkv and w_up are multiplied by x, so
-// they have this length anyway. w_out and w_down are stored transposed, one row for each input. Then a layer
-// has only two inner loops beside attention itself. In plain C++:
+// they have this length anyway. w_out and w_down are stored transposed: one row for each element of o, and of
+// h. Then a layer has only two inner loops beside attention itself. In plain C++:
 //
 //     float dot(const half* row, const float* x) {           // a row and x make one number
 //       float sum = 0;
@@ -86,8 +86,8 @@
 //         '-> LN2 -> S8 hidden unit j: dot up row j, gelu, axpy down row j -------------------------------'
 //                                                                                  S9: x = x + y + biases
 //
-// At one point of a layer every thread of the GPU depends on all others: the next x needs every part of y.
-// This is the only sync of the whole GPU in a layer, (4).
+// At one point of a layer every thread depends on all others: the next x needs every part of y. This is (4),
+// the only sync of the whole GPU in a layer. Once a token there is another, (5), for the choice.
 
 // 2. Who owns what ========================================================================================
 // A GPU is many processors, 132 in an H200 (NVIDIA's word is multiprocessor). Each has 227 KiB of fast memory
@@ -104,8 +104,8 @@
 //     grid      all of them: 66 clusters, 132 blocks
 //
 // Of the 352 threads of a block 320 are *workers*: they compute. One more is the *producer*: it does nothing
-// but start copies of the rows that its block will need, from global into shared memory (chapter 5). Its 31
-// neighbours in the last warp end at once.
+// but start copies of the rows that its block will need, from global memory into a *ring* of slots in shared
+// memory (chapter 5). Its 31 neighbours in the last warp end at once.
 //
 //     what                                    is divided among        in shares of
 //     columns of every row, of x and of y     the workers of a block  8 columns, the same in all layers
@@ -142,8 +142,8 @@ constexpr int C = HIDDEN, NH = HEADS, HS = HEAD_SIZE, ROT = ROTARY, V = VOCAB, L
 constexpr int K = CLUSTER;                      // blocks in a cluster [2]
 constexpr int PIECES = C < 4096 ? 1 : 2;        // pieces of 16 bytes of a row that a thread owns [1]
 constexpr int COLS = 8 * PIECES;                // columns that a thread owns [8]
-constexpr int TEAM = C / COLS;                  // workers that hold one row between them [320]
-constexpr int TEAMS = ceil_div(THREADS, TEAM);  // groups of so many workers in a block [1]
+constexpr int TEAM = C / COLS;                  // workers that hold one row between them: a team [320]
+constexpr int TEAMS = ceil_div(THREADS, TEAM);  // teams in a block; chapter 13 has shapes with more [1]
 constexpr int WORKERS = TEAM * TEAMS;           // threads of a block that compute [320]
 
 typedef float Columns[COLS];                    // registers: one thread's columns of x, y or a LayerNorm
@@ -151,185 +151,187 @@ struct Norms { uint4 w1[PIECES], b1[PIECES], w2[PIECES], b2[PIECES]; };  // its 
 
 struct Plan {  // the share of one block in the work on one token (chapter 10)
   int rank, cluster, clusters;
-  int first_unit, last_unit;    // hidden units of this block, in every layer; last_unit is the first beyond
-  int filler;                   // of these, how many to do while q, k, v, and again while o, is on its way
-  int first_token, last_token;  // cached tokens of this rank, for every head
+  int first_unit, last_unit;    // its hidden units, in every layer: first_unit .. last_unit - 1
+  int filler;                   // how many of them to do during each of the two waits for the cluster
+  int first_token, last_token;  // its cached tokens, for every head: first_token .. last_token - 1
 };
 
-struct Ring {  // the place in the ring of slots that a thread comes to next (chapter 5)
+struct Ring {  // where a thread is in the ring of slots (chapter 5)
   int slot = 0;
   uint32_t parity = 0;
   __device__ void advance();
 };
 
-struct Model;   // global memory, behind the loop
-struct Shared;  // one block's shared memory, likewise
+struct Model;   // global memory: behind the loop
+struct Shared;  // a block's shared memory: behind the loop
 
 struct Worker {
-  // All layers of a token, then the choice of the next token, then all of its layers, up to position `end`.
-  // The shape of the loop is: for each token { for each layer {...} choose }. It is folded into one, with
-  // the choice as layer L, because the choice, too, begins with S0 and S1.
-  __device__ void run(const Plan& plan, int first_layer, int last_layer, int new_tokens, int token, int position, int end,
-                      unsigned steps, unsigned made) {
-    Columns x, xn1, xn2;                                                  // this thread's, in registers
-    long long *x_now = buffer(steps), *x_next = buffer(steps + 1);        // the grid's, in global memory
+  // Runs layers first_layer .. last_layer - 1 of `token` at `position`, chooses the next token, goes on with
+  // that one, and stops at position `end`. `steps` and `made` count layers and tokens over all launches.
+  //
+  // The shape is: for each token { for each layer {...} choose }. It is written as one loop, in which layer L
+  // is the choice, because the choice begins like a layer, with S0 and S1.
+  //
+  // mark() is a stopwatch, tap() a probe for tests. The shipped kernel contains neither (chapter 18).
+  __device__ void run(const Plan& plan, int first_layer, int last_layer, int new_tokens,
+                      int token, int position, int end, unsigned steps, unsigned made) {
+    Columns x, xn1, xn2;                                            // this thread's columns, in registers
+    long long *x_now = buffer(steps), *x_next = buffer(steps + 1);  // all of x, in global memory: chapter 8
     begin(first_layer, x_now);
-    for (int layer = first_layer; position < end;) {
-      // S0. Read this thread's columns of x, as soon as every cluster of the grid has added to them.
-      read_x(layer, token, x_now, steps, x);                                                  // (4)
-      if (layer == last_layer && new_tokens == 0) break;                  // a launch without LM head
 
-      // S1. Normalize x, once for both LayerNorms. The first one makes xn1, which the heads read.
+    for (int layer = first_layer; position < end;) {
+      // S0. Read x, as soon as every cluster of the grid has added to it: (4).
+      read_x(layer, token, x_now, steps, x);
+      if (layer == last_layer && new_tokens == 0) break;  // a launch that makes no token ends here
+
+      // S1. Normalize x, once for both LayerNorms. Scale it for the heads.
       normalize(x);
       affine(x, norms.w1, norms.b1, xn1);
 
-      // S10. After the last layer: compute the logits, and choose the token to go on with.
+      // S10. After the last layer, compute the logits and choose the next token: (5).
       if (layer == L) {
-        token = choose_token(xn1, position, made, end);                   // (5)
+        token = choose_token(xn1, position, made, end);
         made++, position++, layer = 0;
         continue;
       }
 
-      // S9, first part. One thread of the grid for each column adds x itself, and the biases, to the next x.
+      // S9, first part. Add x itself and the biases to x_next: one thread of the whole grid for each column.
       carry(layer, token, x_next, steps);
 
-      // S1. The second LayerNorm makes xn2, which the hidden units read.
+      // S1. Scale x for the hidden units.
       affine(x, norms.w2, norms.b2, xn2);
 
-      // Clear y, in which this thread collects what its block adds to x.
+      // Clear y. In it, this thread will collect what the block adds to its columns.
       for (int i = 0; i < COLS; i++) {
         y[i] = 0;
         tap(TAP_XN1 + column(i), xn1[i]), tap(TAP_XN2 + column(i), xn2[i]);
       }
       mark(MARK_NORM, layer);
 
-      int unit = plan.first_unit;  // the next hidden unit of this block
-      for (int h = plan.cluster; h < NH; h += plan.clusters) {  // this cluster's heads: one, or none
-        // S2. Compute this rank's rows of q, k, v, and send them to all ranks of the cluster.
-        qkv_rows(xn1, h);
-        mark(MARK_QKV, layer);
+      int unit = plan.first_unit;  // the hidden unit that comes next
+      for (int h = plan.cluster; h < NH; h += plan.clusters) {  // this cluster's heads: one or none
+        // S2. Compute this rank's rows of q, k, v. Send them to all ranks of the cluster.
+        qkv_rows(xn1, h); mark(MARK_QKV, layer);
 
-        // S8. Compute some hidden units while q, k and v are on their way. Then wait for q, k and v.
+        // S8. Do some hidden units while q, k and v are on their way. Then wait for q, k and v: (1).
         units(xn2, unit, min(unit + plan.filler, plan.last_unit));
-        wait_for_qkv();                                                   // (1)
-        mark(MARK_1, layer);
+        wait_for_qkv(); mark(MARK_1, layer);
 
-        // S3, S4. Rotate q and k by their position. Append k and v to the cache.
+        // S3, S4. Rotate q and k by the position. Append k and v to the cache.
         rotate_and_append(layer, h, position);
 
-        // S5. Attend to this rank's share of the tokens, and send the result to all ranks.
-        attend();
-        mark(MARK_ATTEND, layer);
+        // S5. Attend to this rank's share of the tokens. Send the result to the other ranks.
+        attend(); mark(MARK_ATTEND, layer);
 
-        // S8. Compute more hidden units while the results are on their way. Then wait for the results.
+        // S8. Do some more hidden units while results are on their way. Then wait for the results: (2).
         units(xn2, unit, min(unit + plan.filler, plan.last_unit));
-        wait_for_slices();                                                // (2)
-        mark(MARK_2, layer);
+        wait_for_slices(); mark(MARK_2, layer);
 
-        // S6, S7. Merge the ranks' results into o. Add this rank's output rows, each times its o, to y.
-        out_rows(h);
-        mark(MARK_OUT, layer);
+        // S6, S7. Merge the results into o. Add this rank's output rows, each times its o, to y.
+        out_rows(h); mark(MARK_OUT, layer);
       }
 
-      // S8. Compute all hidden units that are left.
-      units(xn2, unit, plan.last_unit);
-      mark(MARK_UNITS, layer);
+      // S8. Do the hidden units that are left.
+      units(xn2, unit, plan.last_unit); mark(MARK_UNITS, layer);
 
-      // S9, second part. Send y to the ranks that sum its columns, wait for the peers' y, add the sums to x.
-      cluster_reduce();                                                   // (3)
-      mark(MARK_3, layer);
+      // S9, second part. Send y to the ranks that own its columns, and wait for theirs: (3). Add up the
+      // columns that this rank owns, and add the sums to x_next.
+      cluster_reduce(); mark(MARK_3, layer);
       add_to_residual(x_next);
 
-      // Start loading the next LayerNorm's gains and biases, which do not depend on x.
-      norms = load_norms(layer + 1);
-      mark(MARK_ADDED, layer);
+      // Start to load the scales of the next LayerNorms. They do not depend on x.
+      norms = load_norms(layer + 1); mark(MARK_ADDED, layer);
 
-      // The buffer that the grid has just added to is the next layer's x. The one just read is added to next.
+      // Swap the buffers: x_next is the next layer's x, and the old x is what the next layer adds to.
       long long* const x_last = x_now;
       x_now = x_next, x_next = x_last, own_next = own_now, steps++, layer++;
     }
     finish(x_next, token, position, steps, made);
   }
 
-  // What run() calls, by the chapter that tells it.
-  __device__ float dot_tile(const Columns& in, int n, int skip, bool has_bias);  // 4. n rows times `in`
-  __device__ void axpy_tile(float a, int n);           // 4. y += a * row, for n rows
-  __device__ void wait_full() const;                   // 5. waits until the next slot of the ring has arrived
-  __device__ void release();                           // 5. gives the slot back to the producer
-  __device__ void normalize(Columns& x) const;                    // 6. x becomes (x - mean) / deviation
-  __device__ void affine(const Columns& x, const uint4* gain, const uint4* bias, Columns& out) const;  // 6. x * gain + bias
-  __device__ Norms load_norms(int layer) const;        // 6. the gains and biases of a layer
-  __device__ void units(const Columns& xn2, int& unit, int last);         // 6. hidden units from `unit` up to `last`
-  __device__ void qkv_rows(const Columns& xn1, int h);            // 7. S2
-  __device__ void cluster_gather(float* place, float value, bool valid, uint64_t* ready) const;  // 7. to all
-  __device__ void wait_for_qkv();                      // 7. (1)
-  __device__ void rotate_and_append(int layer, int h, int position);  // 7. S3, S4
-  __device__ void attend();                            // 7. S5
-  __device__ void push_slice() const;                  // 7. the end of S5: sends the block's result
-  __device__ void wait_for_slices();                   // 7. (2)
-  __device__ void out_rows(int h);                     // 7. S6, S7
-  __device__ void cluster_reduce();                    // 7. S9: sends y, waits for the peers' y: (3)
-  __device__ void add_to_residual(long long* x_next) const; // 8. S9: adds the cluster's sums to the next x
-  __device__ void carry(int layer, int token, long long* x_next, unsigned steps) const; // 8. S9: adds x and the biases to the next x
-  __device__ void read_x(int layer, int token, const long long* x_now, unsigned steps, Columns& x);          // 8. S0
-  __device__ void wait_for_x(const long long* x_now, unsigned whole) const; // 8. (4), by one thread
-  __device__ void read_residual(const long long* x_now, unsigned whole, Columns& x);// 8. (4), by all threads
-  __device__ const half* embedding(int token) const;  // 8. the token's row of embed_in
-  __device__ void read_embedding(int token, Columns& x) const;        // 8. x of layer 0
-  __device__ int choose_token(const Columns& xn, int position, unsigned made, int end);          // 9. S10
-  __device__ void lm_head(const Columns& in, int turn);  // 9. the logits of this block, and their maximum
-  __device__ void grid_barrier(unsigned target) const; // 9. (5)
-  __device__ int chosen(int turn) const;               // 9. the token with the largest logit
-  __device__ void prepare(int at);                     // 10. plan and RoPE's angles for a position
-  __device__ long long* buffer(unsigned steps) const;   // 8. that of x after `steps` layers
-  __device__ void begin(int first_layer, const long long* x_now); // 10. before the loop
-  __device__ void finish(long long* x_next, int token, int position, unsigned steps, unsigned made) const; // 10. after the loop
-
-  // One worker's variables. All workers of the grid have the same token, position, steps and made.
-  const Model& m;
-  Shared& s;
-  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
-  const int team = TEAMS == 1 ? 0 : tid / TEAM, team_thread = TEAMS == 1 ? tid : tid % TEAM;  // one team here
-  const int team_warp = team_thread / 32;
-  const int row = lane % ROWS * TEAMS + team;  // the row of a tile whose dot product ends in this lane
-  Ring ring;
-  int flip = 0;                             // which of the two warp_dots is used next, see dot_tile
-  uint32_t head_parity = 0, sums_parity = 0;  // of (1) and (2), and of (3)
-  Columns y;
-  const int carried = (gridDim.x - 1 - blockIdx.x) * WORKERS + tid;  // the pair of columns that it carries
-  longlong2 own_now, own_next;              // the words of this pair, in x_now and, a layer ago, in x_next
-  Norms norms;
-
-  // Piece p of this thread has columns 8 * (p * TEAM + team_thread) and the 7 behind it. Neighbouring threads
-  // so read neighbouring 16 bytes, which shared memory delivers without a conflict.
-  __device__ int column(int i) const { return (i / 8 * TEAM + team_thread) * 8 + i % 8; }
-  __device__ uint4 weights(int slot_row, int p) const;  // 16 bytes of a row in the current slot
-
-  // For tests and measurements alone (chapter 18). The compiler drops these calls from the shipped kernel.
+  // Declarations, in the order of the chapters that explain them. There is nothing to read here yet.
+  // 4. dot tile and axpy tile
+  __device__ uint4 weights(int slot_row, int p) const;
+  __device__ float dot_tile(const Columns& in, int n, int skip, bool has_bias);
+  __device__ void axpy_tile(float a, int n);
+  // 5. The ring
+  __device__ void wait_full() const;
+  __device__ void release();
+  // 6. LayerNorm and hidden units
+  __device__ Norms load_norms(int layer) const;
+  __device__ void normalize(Columns& x) const;
+  __device__ void affine(const Columns& x, const uint4* gain, const uint4* bias, Columns& out) const;
+  __device__ void units(const Columns& xn2, int& unit, int last);
+  // 7. A head on a cluster
+  __device__ void cluster_gather(float* place, float value, bool valid, uint64_t* ready) const;
+  __device__ void qkv_rows(const Columns& xn1, int h);
+  __device__ void wait_for_qkv() const;
+  __device__ void rotate_and_append(int layer, int h, int position) const;
+  __device__ void attend();
+  __device__ void push_slice() const;
+  __device__ void wait_for_slices();
+  __device__ void out_rows(int h);
+  __device__ void cluster_reduce();
+  // 8. x between layers
+  __device__ long long* buffer(unsigned steps) const;
+  __device__ void carry(int layer, int token, long long* x_next, unsigned steps) const;
+  __device__ void add_to_residual(long long* x_next) const;
+  __device__ void read_x(int layer, int token, const long long* x_now, unsigned steps, Columns& x);
+  __device__ void wait_for_x(const long long* x_now, unsigned whole) const;
+  __device__ void read_residual(const long long* x_now, unsigned whole, Columns& x);
+  __device__ const half* embedding(int token) const;
+  __device__ void read_embedding(int token, Columns& x) const;
+  // 9. The LM head, and the next token
+  __device__ void lm_head(const Columns& in, int turn);
+  __device__ int chosen(int turn) const;
+  __device__ void grid_barrier(unsigned target) const;
+  __device__ int choose_token(const Columns& xn, int position, unsigned made, int end);
+  // 10. The division of work, and the kernel
+  __device__ void prepare(int at) const;
+  __device__ void begin(int first_layer, const long long* x_now);
+  __device__ void finish(long long* x_next, int token, int position, unsigned steps, unsigned made) const;
+  // 18. Taps and marks
   enum Tap { TAP_XN1 = 0, TAP_XN2 = C, TAP_Q = 2 * C, TAP_K = 3 * C, TAP_V = 4 * C, TAP_O = 5 * C,
              TAP_H = 6 * C };
   enum Mark { MARK_START, MARK_NORM, MARK_QKV, MARK_1, MARK_ATTEND, MARK_2, MARK_OUT, MARK_UNITS, MARK_3,
               MARK_ADDED, MARKS };
   __device__ void tap(int where, float value) const;
   __device__ void mark(Mark event, int layer) const;
+
+  // The columns of this thread: element i of its Columns is column(i) of x, here 8 * tid + i.
+  __device__ int column(int i) const { return (i / 8 * TEAM + team_thread) * 8 + i % 8; }
+
+  const Model& m;                           // global memory
+  Shared& s;                                // the block's shared memory
+  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+  const int team = TEAMS == 1 ? 0 : tid / TEAM, team_thread = TEAMS == 1 ? tid : tid % TEAM;  // 0, tid
+  const int team_warp = team_thread / 32;   // the same as warp
+  const int row = lane % ROWS * TEAMS + team;  // which row of a tile ends in this lane: chapter 4
+  Ring ring;                                // chapter 5
+  int flip = 0;                             // chapter 4
+  uint32_t head_parity = 0, sums_parity = 0;  // of (1) and (2), and of (3): chapter 7
+  Columns y;                                // what the block adds to this thread's columns of x
+  const int carried = (gridDim.x - 1 - blockIdx.x) * WORKERS + tid;  // chapter 8
+  longlong2 own_now, own_next;              // chapter 8
+  Norms norms;                              // gains and biases of the LayerNorms that come next
 };
 
 // What must change together when a stage is added? The loop above calls it. If it reads rows, the producer
 // has to copy these rows at the same point of the same order (chapter 5). If some blocks have more of it than
-// others, make_plan has to count its bytes (chapter 10). If it needs shared memory, FIXED_BYTES below grows
-// with Shared. New weights go into Layer below and into Block in model.py, in the same place. emulator.py
-// repeats all of this in Python, and a tap (chapter 18) lets the tests compare the stage with float64.
+// others, make_plan has to count its bytes (chapter 10). If it needs shared memory, FIXED_BYTES below has to
+// grow with Shared. New weights go into Layer below and into Block in model.py, at the same place.
+// emulator.py repeats all this in Python, and a tap lets the tests compare the stage with float64.
 
 // ---- Where things lie: sizes -----------------------------------------------------------------------------
-// A *tile* is a group of rows that are multiplied together, a *slot* is a place in the ring that holds half a
-// tile. Chapters 4 and 5 say why.
+// A *tile* is 8 rows that are multiplied together (chapter 4). It arrives in two *slots* of the ring (chapter
+// 5).
 
 constexpr int WARPS = WORKERS / 32;             // warps of workers [10]
 constexpr int LANES = TEAM < 32 ? TEAM : 32;    // lanes of a warp that belong to the same team [32]
 constexpr int TEAM_WARPS = TEAM / LANES;        // warps of a team [10]
 
 constexpr int TILE_ROWS = ROWS * TEAMS;         // rows of a tile, ROWS for each team [8]
-constexpr int HALF_TILES = 2;                   // a tile arrives in so many slots
+constexpr int HALF_TILES = 2;                   // slots that a tile takes
 constexpr int HALF_TILE_ROWS = TILE_ROWS / HALF_TILES;      // [4]
 constexpr int SLOT_BYTES = HALF_TILE_ROWS * C * 2;          // [20480]
 constexpr int TILE_BIASES = ceil_div(TILE_ROWS, 8) * 8 + 8; // room for its biases, see Producer::rows [16]
@@ -337,30 +339,6 @@ constexpr int TILE_BIASES = ceil_div(TILE_ROWS, 8) * 8 + 8; // room for its bias
 constexpr int QKV_ROWS = 3 * HS / K;            // a rank's rows of the q, k, v of a head [120]
 constexpr int OUT_ROWS = HS / K;                // a rank's output rows of a head: its dimensions of o [40]
 constexpr int OWN = C / K;                      // columns that a rank sums for its cluster [1280]
-constexpr int PAIRS = ceil_div(C / 2, WORKERS); // pairs of columns of x that a thread reads for its block [4]
-
-constexpr int KV_TOKENS = SLOT_BYTES / (4 * HS);  // cached tokens in a slot: half k, half v [64]
-constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // lanes for a token [16]
-constexpr int WARP_TOKENS = 32 / TOKEN_LANES;     // tokens that a warp has at once [2]
-
-// The ring gets all shared memory that nothing else needs: 205 KB, 10 slots. FIXED_BYTES is that of the rest
-// of Shared below: x, sums and warp_o; 25 * HS bytes for qkv, slice_o, q, k_new, v_new and the RoPE angles;
-// the other arrays of a number for each warp; and 384 bytes for what is left.
-constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS + 25 * HS / 4 + (2 * ROWS + 4) * WARPS) + 384;
-constexpr int SLOTS = (SHARED_BYTES - FIXED_BYTES) / (SLOT_BYTES + 2 * TILE_BIASES + 16);  // [10]
-
-static_assert(C % 128 == 0, "a row is dealt out to half-warps, 16 bytes a lane: C must be a multiple of 128");
-static_assert(NH * HS == C, "the heads together are as wide as the residual stream");
-static_assert(WORKERS % 32 == 0 && WORKERS + 32 <= 1024, "whole warps, and at most 1024 threads in a block");
-static_assert(TEAM % 32 == 0 || 32 % TEAM == 0,
-              "a team is whole warps, or a warp whole teams: C / 8 (C / 16 from 4096 on) must divide so");
-static_assert(TEAM_WARPS == 1 || TEAMS <= 14, "a team of several warps has a named barrier; a block has 16");
-static_assert((ROWS & (ROWS - 1)) == 0 && ROWS <= LANES && ROWS % HALF_TILES == 0,
-        "reduce_rows folds a power of two of rows over a team's lanes, and a tile comes in equal halves");
-static_assert(HS % (2 * K) == 0 && HS % 8 == 0, "ranks share a head's rows evenly; lanes take 8 dimensions");
-static_assert(OWN % 8 == 0, "a rank owns whole pieces of a row");
-static_assert(HS <= WORKERS, "one thread for each dimension of a head merges the warps' attention");
-static_assert(SLOTS >= 2 * HALF_TILES, "two tiles: one being read, one on its way; take fewer ROWS");
 
 // ---- Where things lie: global memory ---------------------------------------------------------------------
 
@@ -402,9 +380,14 @@ __device__ half* cache_row(const Model& m, int layer, int kv, int head, int toke
 }
 
 // ---- Where things lie: one block's shared memory, 231936 bytes -------------------------------------------
+// The ring gets what is left: 205 KB, 10 slots. FIXED_BYTES is at least the size of everything else: x, sums
+// and warp_o; 25 * HS bytes for qkv, slice_o, q, k_new, v_new and the RoPE angles; the other arrays with an
+// entry for each warp; and 384 bytes for all small things.
+constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS + 25 * HS / 4 + (2 * ROWS + 4) * WARPS) + 384;
+constexpr int SLOTS = (SHARED_BYTES - FIXED_BYTES) / (SLOT_BYTES + 2 * TILE_BIASES + 16);  // [10]
+
 // Come back to this list when a chapter uses a name from it. Copies by the producer, and loads of 16 bytes at
 // once, need addresses that are multiples of 16.
-
 struct alignas(128) Shared {                        // bytes       chapter, and what
   half ring[SLOTS][HALF_TILE_ROWS * C];             // 10 x 20480  5  rows of weights; or keys and values
   alignas(16) half bias[SLOTS][TILE_BIASES];        // 10 x 32     5  a tile's biases, beside its first slot
@@ -616,6 +599,7 @@ enum SyncId {  // in Failure::sync
 __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t parity, SyncId sync);
 __device__ void give_up(Failure* failure, int sync, int layer, int seen);  // writes the message, and ends it
 
+constexpr int KV_TOKENS = SLOT_BYTES / (4 * HS);  // cached tokens in a slot: half k, half v [64]
 constexpr int CLOCK_NS = 32;                 // the clock of all blocks, global_ns, advances in steps of 32 ns
 __device__ unsigned long long global_ns();
 __device__ uint64_t read_once_policy();      // tells L2 to give up the copied bytes first: 1212 -> 1202 us
@@ -818,7 +802,7 @@ __device__ void Worker::units(const Columns& xn2, int& unit, int last) {
 //     sync  inbox                 what is pushed                     to which rank           without the sync
 //     (1)   qkv                   a rank's 120 rows of q, k, v       all                     stale q, k or v
 //     (2)   slice_o, slice_top_l  attention over a rank's 64 tokens  owner of the dimension  tokens are lost
-//     (3)   sums                  a rank's y                         owner of the column     x lacks a peer's y
+//     (3)   sums                  a rank's y                         owner of the column     x lacks peers' y
 //
 // An *inbox* is an array that pushes go to; a rank pushes to its own inboxes, too. *Peers* are the blocks of
 // one cluster. The first exchange is called ClusterGather, because every rank gets everything. The other two
@@ -863,7 +847,7 @@ __device__ void Worker::qkv_rows(const Columns& xn1, int h) {
   }
 }
 
-__device__ void Worker::wait_for_qkv() {
+__device__ void Worker::wait_for_qkv() const {
   wait(m, s, &s.qkv_ready, head_parity, SYNC_QKV);  // (1)
 }
 
@@ -875,7 +859,7 @@ __device__ void Worker::wait_for_qkv() {
 // Every rank rotates for itself, because a result from another rank would need one more sync. k and v are
 // rounded to fp16 before S5 uses them: later tokens will see them in the cache like this, so this one does
 // too.
-__device__ void Worker::rotate_and_append(int layer, int h, int position) {
+__device__ void Worker::rotate_and_append(int layer, int h, int position) const {
   for (int i = tid; i < 3 * HS; i += WORKERS) {
     const int which = i / HS, d = i % HS;  // q, k or v; the dimension
     const float* v = s.qkv + which * HS;
@@ -913,6 +897,9 @@ __device__ void Worker::rotate_and_append(int layer, int h, int position) {
 //   syncs   (F) (E) for each slot; (e) makes the last step wait for the results of all warps; (2) later
 // Sets merge three times: those of the lanes within a warp here, those of the warps in push_slice, those of
 // the ranks in S6.
+constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // for a token [16]
+constexpr int WARP_TOKENS = 32 / TOKEN_LANES;     // tokens that a warp has at once [2]
+
 __device__ void Worker::attend() {
   // Expect results from all ranks.
   if (tid == 0) barrier_expect(&s.slice_ready, sizeof(s.slice_o) + sizeof(s.slice_top_l));  // (2)
@@ -1064,7 +1051,7 @@ __device__ void Worker::cluster_reduce() {
 //     Clusters finish in any order, and the same prompt could give another text in another run.
 //   - A counter says when all blocks have added. But a block may count itself only when its own additions
 //     have arrived in L2. While memory is busy, waiting for that takes about 1 us.
-//   - Somebody has to set x to zero before the additions of the next layer, and all have to wait for that.
+//   - The buffer has to be zero before the next layer's additions, and all blocks have to wait for that.
 //
 // The answer to all three is one 64-bit *word* for each column of x, with a value and a count in it:
 //
@@ -1176,11 +1163,13 @@ __device__ void Worker::add_to_residual(long long* x_next) const {
 //   bytes   8 * C, 20 KB from L2
 //   syncs   (4); (g) all threads wait for the one that polls; (a) they wait for each other's columns
 // All blocks read the same x, so a block reads each word just once: 1300 -> 1270 us.
+constexpr int PAIRS = ceil_div(C / 2, WORKERS);  // [4]
+
 __device__ void Worker::read_x(int layer, int token, const long long* x_now, unsigned steps, Columns& x) {
   if (tid == 0) s.layer = layer;
   if (layer == 0) read_embedding(token, x);
   else {
-    const unsigned whole = s.plan.clusters + 1 + first_count(steps);  // one by each cluster, one by the carrier
+    const unsigned whole = s.plan.clusters + 1 + first_count(steps);  // 66 clusters and the carrier
     wait_for_x(x_now, whole);
     mark(MARK_START, layer);
     read_residual(x_now, whole, x);
@@ -1360,7 +1349,7 @@ __device__ void load_rope(const Model& m, Shared& s, int position, int threads) 
   }
 }
 
-__device__ void Worker::prepare(int at) {  // for the token at position `at`
+__device__ void Worker::prepare(int at) const {  // for the token at position `at`
   if (tid == 0) s.plan = make_plan(blockIdx.x, gridDim.x, at);
   load_rope(m, s, at, WORKERS);
 }
@@ -1387,7 +1376,8 @@ __device__ void Worker::begin(int first_layer, const long long* x_now) {
 
 // Clears the buffer that was read last, for the next launch, and writes back State. Every block has added to
 // the other buffer, and so has read this one, and State, long ago.
-__device__ void Worker::finish(long long* x_next, int token, int position, unsigned steps, unsigned made) const {
+__device__ void Worker::finish(long long* x_next, int token, int position, unsigned steps,
+                               unsigned made) const {
   if (lane == 0) barrier_arrive(&s.workers_done);
   if (2 * carried < C) x_next[2 * carried] = x_next[2 * carried + 1] = 0;
   if (blockIdx.x == 0 && tid == 0) {
@@ -1468,25 +1458,27 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 // Follow one number: hidden unit 382 of block 11, in layer 0 of a launch's first token.
 //  1. Its up row lies in global memory: w_up + 382 * C, 5120 bytes.
 //  2. The producer of block 11 has copied 120 rows for S2, 30 half tiles, three rounds of the ring. So rows
-//     382..385 go to slot 0 again, in the fourth round. The producer waits until slot 0 is empty, (E), expects
+//     382..385 go to slot 0 again, in the fourth round. The producer waits until slot 0 is empty, (E),
+//              expects
 //     20480 bytes of rows and 32 of biases at full[0], and starts two copies: to ring[0] and to bias[0].
-//  3. When all bytes have landed, (F) lets the workers go. Thread 0 reads columns 0..7 of row 382 from ring[0],
-//     multiplies them with its xn2[0..7], and adds them up in dots[0]. Threads 1 to 319 do the same with their
-//     columns. Each warp arrives at empty[0]: (E).
-//  4. reduce_rows brings the sum of each warp to its lanes 0, 8, 16 and 24. Lane 0 writes it to warp_dots. After
-//     (c), these lanes of every warp add up the 10 sums, and bias[0][6]. Place 6, because the copy began at the
-//     bias of unit 376. This is the argument of gelu, and now 40 threads have h_382.
+//  3. When all bytes have landed, (F) lets the workers go. Thread 0 reads columns 0..7 of row 382 from
+//     ring[0], multiplies them with its xn2[0..7], and adds them up in dots[0]. Threads 1 to 319 do the same
+//     with their columns. Each warp arrives at empty[0]: (E).
+//  4. reduce_rows brings the sum of each warp to its lanes 0, 8, 16 and 24. Lane 0 writes it to warp_dots.
+//     After (c), these lanes of every warp add up the 10 sums, and bias[0][6]. Place 6, because the copy
+//     began at the bias of unit 376. This is the argument of gelu, and now 40 threads have h_382.
 //  5. The down row arrives in slot 2, behind the second half of the up tile. After (F), lane 0 gives h_382 to
 //     its warp by a shuffle, and thread 0 adds h_382 times columns 0..7 of the row to its y[0..7].
-//  6. y stays in registers until the block has done its other 34 units and 40 output rows. Then thread 0 pushes
-//     y[0..7] into the inbox of rank 0, block 10: sums[1][0..7].
+//  6. y stays in registers until the block has done its other 34 units and 40 output rows. Then thread 0
+//     pushes y[0..7] into the inbox of rank 0, block 10: sums[1][0..7].
 //  7. Block 10 waits until all pushes have landed, (3). Its thread 0 adds sums[0][0] and sums[1][0], makes an
 //     integer with a count of 1 of it, and adds that to word 0 of x_next, in L2.
 //  8. Thread 0 of block 131 is the carrier of column 0. At some time before or after, it adds x[0] + biases -
 //     old to the same word.
-//  9. After 66 clusters and the carrier, word 0 is whole. In every block, thread 0 sees by another word that x
-//     is probably whole, (4), and lets the block go, (g). It then reads word 0, checks its count, and puts the
-//     value into s.x[0]. After (a), all 132 threads 0 take x[0..7] from there. So h_382 has reached all blocks.
+//  9. After 66 clusters and the carrier, word 0 is whole. In every block, thread 0 sees by another word that
+//     x is probably whole, (4), and lets the block go, (g). It then reads word 0, checks its count, and puts
+//     the value into s.x[0]. After (a), thread 0 of each block takes x[0..7] from there. So h_382 has reached
+//     all 132 blocks.
 
 // 12. Why it is safe ======================================================================================
 // Inboxes. A block must not push into an inbox before the receiver has read what was there. The rule: before
@@ -1506,8 +1498,8 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 //     21.0          Rank 1 pushes top, l and o to rank 0.
 //     24.5          Rank 0 passes (2). So it has rank 1's push of 21.0, and therefore rank 1 has read qkv.
 //     37.5          Rank 0 begins S2 of layer 1, and pushes into rank 1's qkv again. This is safe.
-//     55.3          Rank 1 passes (1) with parity 1. This phase could not complete before rank 1 saw the first
-//                   one, because rank 0's pushes of layer 1 came after rank 1's of 21.0.
+//     55.3          Rank 1 passes (1) with parity 1. This phase could not complete before rank 1 saw the
+//                   first one, because rank 0's pushes of layer 1 came after rank 1's of 21.0.
 // The inbox (2) is next read at S6, after which every team that uses it sends rows or y; the inbox (3) is
 // read in S9 by the thread that then adds the same columns to x, so when all words are whole, all columns are
 // read.
@@ -1554,6 +1546,20 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 //
 // More heads than clusters. The loop over h has several turns, and make_plan gives the first blocks one head
 // more than the others.
+//
+// What the code below and above takes for granted, the compiler checks:
+static_assert(C % 128 == 0, "a row is dealt out to half-warps, 16 bytes a lane: C must be a multiple of 128");
+static_assert(NH * HS == C, "the heads together are as wide as the residual stream");
+static_assert(WORKERS % 32 == 0 && WORKERS + 32 <= 1024, "whole warps, and at most 1024 threads in a block");
+static_assert(TEAM % 32 == 0 || 32 % TEAM == 0,
+              "a team is whole warps, or a warp whole teams: C / 8 (C / 16 from 4096 on) must divide so");
+static_assert(TEAM_WARPS == 1 || TEAMS <= 14, "a team of several warps has a named barrier; a block has 16");
+static_assert((ROWS & (ROWS - 1)) == 0 && ROWS <= LANES && ROWS % HALF_TILES == 0,
+        "reduce_rows folds a power of two of rows over a team's lanes, and a tile comes in equal halves");
+static_assert(HS % (2 * K) == 0 && HS % 8 == 0, "ranks share a head's rows evenly; lanes take 8 dimensions");
+static_assert(OWN % 8 == 0, "a rank owns whole pieces of a row");
+static_assert(HS <= WORKERS, "one thread for each dimension of a head merges the warps' attention");
+static_assert(SLOTS >= 2 * HALF_TILES, "two tiles: one being read, one on its way; take fewer ROWS");
 
 // 14. Arithmetic of words =================================================================================
 // Resolution. The value is a multiple of 2^-22 = 2.4e-7. Above 2, this is no coarser than fp32.
@@ -1562,9 +1568,9 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 // instead of its own. from_word returns NaN from FIXED_EDGE = 2^46 on, in both directions. Can other parts
 // hide a FIXED_NAN? There are at most 254 others, each below 65536 * 2^22 = 2^38, together below 2^46: no.
 // And several of them? The value has 55 bits, so 256 times 2^47 would wrap around to 0. But there are at most
-// 255 additions, and 255 * 2^47 wraps around to -2^47. So MOST_CLUSTERS is 254, and a carrier.
-//   The sum of parts may exceed 65536, up to 2^24, and is read correctly. The next layer's carrier then adds it
-// as a part, which does not fit, and x becomes NaN.
+// 255 additions, and 255 * 2^47 wraps around to -2^47. So MOST_CLUSTERS is 254, and a carrier. The sum of all
+// parts may exceed 65536 and is still read correctly, up to 2^24. The next layer's carrier then adds it as
+// one part, which does not fit, and x becomes NaN.
 //
 // Old counts. A word that is being added to has a count between that of its last layer, when it was complete,
 // and that plus the number of clusters. The count that makes it whole begins 256 further on (or back, in 9
@@ -1785,23 +1791,18 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
 // Edits worth trying, with what to expect of a token of 2.8b at T = 128 on an H200.
 //
 // 1. Clusters of 1 and of 4 (python bench.py --ablate). Expect clusters of 1 to take 28 % longer, because all
-//    rows of a head fall to one block. Expect clusters of 4 to take as long as 2, although fewer blocks fit on
-//    the GPU. Which of (1), (2), (3) takes longer?
+//    rows of a head fall to one block. Expect clusters of 4 to take as long as 2, although fewer blocks fit
+//    on the GPU. Which of (1), (2), (3) takes longer?
 // 2. build.py: 4 and 16 ROWS instead of 8. With 4, reductions come twice as often: expect 3 % more. With 16,
-// the
-//    ring is two tiles, 4 slots of 40 KB, and the producer is at most one tile ahead: expect far more.
+//    the ring is two tiles, 4 slots of 40 KB, and the producer is at most one tile ahead: expect far more.
 // 3. make_plan: filler = 0. The bits of y change, because every thread adds in another order. The block of a
-// head
-//    takes longer by the time in which the pushes of (1) and (2) travel. How much is that for a token?
+//    head takes longer by the time in which the pushes of (1) and (2) travel. How much is that for a token?
 // 4. build.py: attention_kib = 96. By the bytes, expect blocks with a head to add to x 1.4 us earlier, and
-// the
-//    others 1.4 us later, but a token to take as long. At T = 2000, expect 2 % more. Then pace = 2**20, which
-//    means no pace: expect 1 % more in 2.8b, and 9 % in pythia-1b.
+//    the others 1.4 us later, but a token to take as long. At T = 2000, expect 2 % more. Then pace = 2**20,
+//    which means no pace: expect 1 % more in 2.8b, and 9 % in pythia-1b.
 // 5. Leave out the call of wait_for_x. The bits stay, because every thread checks what it reads. Expect a
-// token to
-//    take 5 % longer, because all threads poll. Now leave out that check instead. How often do the bits change,
-//    and why do some launches not end (carry)?
+//    token to take 5 % longer, because all threads poll. Now leave out that check instead. How often do the
+//    bits change, and why do some launches not end (carry)?
 // 6. dot_tile: leave out `flip ^= 1`, so that all tiles use the same warp_dots. Find the interleaving of two
-// warps
-//    that goes wrong. Count how often it does, on a GPU, or in the orders of simulator.cpp (test_block.py -k
-//    simulated_block).
+//    warps that goes wrong. Count how often it does, on a GPU, or in the orders of simulator.cpp
+//    (test_block.py -k simulated_block).
