@@ -411,16 +411,19 @@ struct alignas(128) Shared {                        // bytes       chapter, and 
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory: FIXED_BYTES is wrong");
 
 // 4. dot tile and axpy tile ===============================================================================
-// The problem. Each of 320 workers has 8 products of a row. Their sum crosses threads: within a warp a thread
-// can read a neighbour's register, but 5 such *shuffles* in a row are needed to add up 32 lanes. Then the 10
-// warps exchange their sums through shared memory, with a sync. Each step waits for the one before. To do
-// this for every row would take longer than the row's bytes.
+// The problem. To add up the products of a row, all 320 threads have to be combined. Within a warp that is a
+// chain of 5 shuffles: with the lane 1 away, then 2, 4, 8 and 16 away, each step waiting for the one before.
+// Then the 10 warps exchange their sums through shared memory, with a sync. Done for every single row, this
+// *reduction* would take longer than memory needs to deliver the row.
 //
-// The answer is to do it for 8 rows at once: a *tile*. All workers first multiply their columns of 8 rows,
-// and keep 8 sums in registers. Then one reduction serves all 8 rows. With 2 rows a tile, a token takes 1984
-// us; with 4, 1236; with 8, 1204. Of 16 rows, only two tiles fit into shared memory at a time, and a token
-// took 2132 instead of 1272.
+// The answer. Combine 8 rows at once, a *tile*. All workers first multiply their columns of 8 rows, and keep
+// 8 sums in registers. Then one reduction serves all 8 rows. With 2 rows a tile, a token takes 1984 us; with
+// 4, 1236; with 8, 1204. With 16, shared memory holds only two tiles at a time: 1272 -> 2132 us.
+//
+// This chapter takes it for granted that the next tile is in shared memory. In 2.8b, TEAMS and PIECES are 1,
+// so `team` is 0, and a loop over p runs once.
 
+// half is fp16. A uint4 is any 16 bytes, here 8 halfs; a half2 is two.
 __device__ const uint4& as16(const half* p) { return *reinterpret_cast<const uint4*>(p); }
 __device__ float2 widen2(const half* h) { return __half22float2(*reinterpret_cast<const half2*>(h)); }
 // 8 numbers in fp16 to fp32. Weights, k and v are fp16, but all products and sums are fp32.
@@ -443,15 +446,17 @@ __device__ void axpy8(float a, const uint4& w, float* y) {
   for (int i = 0; i < 8; i++) y[i] = fmaf(a, f[i], y[i]);
 }
 
-// Adds up 8 sums over the 32 lanes of a warp. The trick: two lanes that exchange sums need not both keep all.
-// With 2 rows, lane 0 has a0 for row 0 and b0 for row 1; lane 1 has a1 and b1:
-//     lane 0 gives b0 to lane 1, gets a1, and has a0 + a1: row 0
-//     lane 1 gives a0 to lane 0, gets b1, and has b0 + b1: row 1
-// That is one shuffle where two separate sums need two. With 8 rows, a lane gives 4 of its 8 sums to the lane
-// 4 away, then 2 to the lane 2 away, then 1 to its neighbour. Now it has one row, of 8 lanes, and two more
-// shuffles add lanes 8 and 16 away. That makes 4 + 2 + 1 + 2 = 9 shuffles instead of 8 * 5. Lane l returns
-// the sum of row l % 8. __shfl_xor_sync(~0u, v, n) returns the v of the lane whose number is ours xor n.
-// `#pragma unroll` writes a loop out, so that the array's elements can be registers.
+// Adds up 8 sums over the 32 lanes of a warp. If every lane kept all 8 sums through all 5 steps, this would
+// take 40 shuffles. But two lanes that exchange sums can share the rows between them. With 2 rows, lane 0 has
+// a0 for row 0 and b0 for row 1, and lane 1 has a1 and b1:
+//     lane 0 gives b0, gets a1, and has a0 + a1: row 0
+//     lane 1 gives a0, gets b1, and has b0 + b1: row 1
+// With 8 rows, a lane gives 4 of its sums to the lane 4 away, then 2 to the lane 2 away, then 1 to its
+// neighbour. Now it has a single row, summed over 8 lanes. Two more shuffles add the lanes 8 and 16 away.
+// This takes 4 + 2 + 1 + 2 = 9 shuffles, and lane l ends with row l % 8.
+//
+// __shfl_xor_sync(~0u, v, n) returns the v of the lane whose number is this lane's xor n. `#pragma unroll`
+// writes a loop out, so that the elements of its array can be registers.
 __device__ float reduce_rows(float (&v)[ROWS], int lane) {
   for (int apart = ROWS / 2; apart >= 1; apart /= 2) {
     const bool upper = lane & apart;  // the upper lane of two keeps the upper half of the rows
@@ -469,25 +474,26 @@ __device__ void named_barrier(int id, int threads);
 __device__ void workers_sync() { named_barrier(1, WORKERS); }
 __device__ void team_sync(int team) { named_barrier(TEAMS == 1 ? 1 : 2 + team, TEAM); }
 
-// DOT TILE. Returns, in each thread, the dot product of `in` with row `row` of the next tile, plus its bias.
-//   math    out[r] = row r . in + bias[r], for the n rows of the tile
-//   who     all workers for all rows; afterwards, lane l of every warp has row l % 8
-//   syncs   (F) (E) for each half tile, see chapter 5; (c) once
-// The tile arrives in two slots of the ring, a half tile each. So the producer can refill the first slot
-// while this function reads the second: 1276 -> 1272 us, and 480 -> 464 us for pythia-1b.
-//
-// (c) makes every warp wait until all 10 warps have written their sums to shared memory. One sync is enough
-// although the next tile will overwrite these sums, because two arrays, warp_dots[0] and [1], alternate. A
-// warp that writes to an array again, two tiles later, has passed (c) of the tile in between. Every warp has
-// arrived there, and so has read the array.
-//
-// If fewer than 8 rows are left, the loop still multiplies all 8, with old bytes of the slot. A branch for
-// every row would cost more than the row, because then loads could not start together. Nothing reads these
-// results. `skip` is the place of the first bias among those that were copied, see Producer::rows.
+// Piece p of this thread's columns of a row in the current slot.
 __device__ uint4 Worker::weights(int slot_row, int p) const {
   return as16(&s.ring[ring.slot][slot_row * C + column(8 * p)]);
 }
 
+// DOT TILE. Returns the dot product of `in` with one row of the next tile, plus its bias.
+//   math    row r . in + bias[r], for the n rows of the tile
+//   who     all workers multiply; afterwards, lane l of every warp has the result of row l % 8
+//   syncs   (F) (E) for each half of the tile, see chapter 5; (c) once
+// The tile arrives in two slots, a half tile in each. So the first slot can be filled again while this
+// function reads the second one: 1276 -> 1272 us, and 480 -> 464 us for pythia-1b.
+//
+// (c) makes every warp wait until all 10 warps have left their sums in shared memory. The next tile will
+// overwrite these sums, and one might expect a second sync before that. Instead, two arrays alternate,
+// warp_dots[0] and warp_dots[1]. A warp that writes to the same array again, two tiles later, has passed (c)
+// of the tile in between. Every warp has arrived there, and had read the array before.
+//
+// A last tile may have only n < 8 rows. The loop multiplies 8 all the same, some of them old bytes. A branch
+// for every row would cost more than the row, because loads could no longer start together. Nothing uses the
+// results of rows from n on. Biases begin `skip` places into what was copied, see Producer::rows.
 __device__ float Worker::dot_tile(const Columns& in, int n, int skip, bool has_bias) {
   float dots[ROWS] = {}, bias = 0;
   for (int half_tile = 0; half_tile < HALF_TILES; half_tile++) {
@@ -521,9 +527,9 @@ __device__ float Worker::dot_tile(const Columns& in, int n, int skip, bool has_b
 //   math    y += a_r * row r, for the n rows of the tile
 //   who     every worker, for its own columns of y; lane l brings the a of row l % 8
 //   syncs   (F) (E) for each half tile. Nothing crosses threads but a, by a shuffle within the warp
-// Lane l has a exactly where dot_tile leaves its results, so the two fit together. __shfl_sync(~0u, a, r) is
-// lane r's a. A row that does not exist gets a = 0. That is not enough: the old bytes in its place may be
-// NaN, and 0 * NaN is NaN. So the thread reads another row, which exists, in its stead.
+// dot_tile leaves its results in just these lanes, so the two fit together. __shfl_sync(~0u, a, r) is lane
+// r's a. Rows from n on get a = 0. That is not enough: old bytes may be NaN, and 0 * NaN is NaN. So the
+// thread reads a row that exists in their place.
 __device__ void Worker::axpy_tile(float a, int n) {
   if (row >= n) a = 0;
 #pragma unroll
@@ -541,41 +547,41 @@ __device__ void Worker::axpy_tile(float a, int n) {
 }
 
 // 5. The ring =============================================================================================
-// The problem. A processor's fair share of 4.65 TB/s is 35.2 KB in each microsecond, and a byte takes a while
-// to come. Memory is busy only if many reads are always on their way. If workers loaded weights themselves,
-// these reads would need a register each, and they would stop whenever the workers wait at a sync.
+// The problem. Of 4.65 TB/s, a processor's fair share is 35.2 KB in each us. Memory answers a request only
+// after a while, so it is busy only if many requests are on their way at any time. If workers loaded weights
+// themselves, everything on its way would need registers, and no loads would start while workers wait at (4).
 //
-// The answer. One thread, the producer, starts *bulk copies* from global into shared memory: a single
-// instruction copies 20 KB, and hardware does the rest. Their target is a ring of 10 *slots* of 20 KB. The
-// producer fills slot 0, 1, .. 9, 0, 1, ..., and the workers empty them in the same order. Weights do not
-// depend on x. So the producer needs no sync but one: the slot has to be empty. While workers wait at (4), it
-// goes on with the next layer's rows, and during (5) with the next token's.
+// The answer. One thread, the producer, starts *bulk copies* from global into shared memory: one instruction
+// copies 20 KB, and hardware does the rest. Their target is a *ring* of 10 slots of 20 KB. The producer fills
+// slots 0, 1, ... 9, 0, 1, ..., and the workers empty them in the same order. Weights do not depend on x, so
+// the producer waits for nothing but an empty slot. While workers wait at (4), it goes on with the rows of
+// the next layer; during (5), with those of the next token.
 //
-// What it gains. The ring holds 205 KB, 5.8 us of reading, so memory does not notice a wait that is shorter.
-// A ring with 1, 2 or 3 slots less: 1252 -> 1262, 1274, 1286 us. Copies of 1 KB instead of 20: 1271 -> 2380
+// What this gains. The ring holds 205 KB, 5.8 us of reading. Memory does not notice a wait that is shorter.
+// Rings with 1, 2, 3 slots less: 1252 -> 1262, 1274, 1286 us. Copies of 1 KB instead of 20 KB: 1271 -> 2380
 // us.
 //
-// A slot needs two syncs. (F): it is full, workers may read. (E): it is empty, the producer may fill it
-// again. Both are *mbarriers*, variables in shared memory that threads can wait for:
-//   1. An mbarrier goes through phases 0, 1, 2, ... A phase completes when the number of arrivals given to
-//      barrier_init has come, and all bytes that were announced have landed. Then the next phase begins.
-//   2. barrier_arrive is an arrival. barrier_expect is an arrival that also announces bytes. A bulk copy
-//      counts its bytes itself as they land.
-//   3. The parity of a phase is its number's lowest bit. barrier_open(b, parity) asks whether the current
-//      phase has this parity, and so has not completed. Every thread keeps its own parity, and flips it after
-//      each wait. A new barrier answers as if a phase of parity 1 had completed.
-//   4. One bit is enough if no phase can complete before all threads have seen that the last one did.
-// A thread that has seen a phase complete also sees the data that the phase counted.
+// Each slot needs two syncs: (F), it is full, so workers may read it; and (E), it is empty, so the producer
+// may fill it. Without (F), workers would multiply bytes that are not there yet; without (E), bytes of a
+// later tile. Both are *mbarriers*, variables in shared memory that threads can wait for:
+//   1. An mbarrier counts in phases 0, 1, 2, ... A phase completes when as many arrivals have come as
+//      barrier_init said, and all announced bytes have landed. Then the next phase begins.
+//   2. barrier_arrive is an arrival. barrier_expect is an arrival that also announces bytes. The bytes of a
+//      bulk copy count themselves as they land.
+//   3. The parity of a phase is its number modulo 2. barrier_open(b, parity) asks: is the phase with this
+//      parity still open? A waiting thread keeps the parity that it waits for, and flips it after each wait.
+//   4. One bit is enough, as long as no phase can complete before all waiting threads have seen the last one.
+// When a thread has seen that a phase is complete, it also sees the data that the phase was about.
 //
-// full[slot] needs 1 arrival, the producer's, and the bytes of the copies. empty[slot] needs 10 arrivals, one
-// from each warp of workers. Rule 4 holds: a slot is not filled again before all warps have emptied it.
+// full[slot] needs 1 arrival, the producer's, and the bytes of its copies. empty[slot] needs 10 arrivals, one
+// of each warp of workers. Rule 4 holds, because a slot is filled again only after all warps have emptied it.
 
 __device__ void barrier_init(uint64_t* b, int arrivals);
 __device__ void barrier_arrive(uint64_t* b);
 __device__ void barrier_expect(uint64_t* b, uint32_t bytes);
 __device__ bool barrier_open(uint64_t* b, uint32_t parity, bool by_peers = false);  // peers: see chapter 7
 
-__device__ void Ring::advance() {  // after the last slot comes the first one, in the next phase
+__device__ void Ring::advance() {  // `parity` is that of the round: 0, then 1, then 0 again
   if (++slot == SLOTS) { slot = 0; parity ^= 1; }
 }
 
@@ -589,9 +595,9 @@ __device__ void Worker::release() {
   ring.advance();
 }
 
-// All other waits of the kernel can fail. If one takes longer than PATIENCE, something is wrong, and the
-// launch ends with a message instead of hanging (chapter 16). (F) is too frequent for that: without a clock
-// in it, 1254 -> 1249 us.
+// Other waits for a peer or for the producer have a limit, PATIENCE. When it has passed, something is wrong,
+// and the launch ends with a message instead of hanging (chapter 16). (F) has none, because it is too
+// frequent to look at a clock each time: 1254 -> 1249 us.
 constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
 enum SyncId {  // in Failure::sync
   SYNC_QKV = 1, SYNC_SLICE, SYNC_SUMS, SYNC_X, SYNC_GRID, SYNC_FULL, SYNC_EMPTY, SYNC_TOKEN
@@ -606,12 +612,13 @@ __device__ uint64_t read_once_policy();      // tells L2 to give up the copied b
 __device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint64_t policy);
 __device__ void order_copies();              // later copies see all that this thread has seen
 
-// RULE. A slot has no label. What is in it follows from the order alone: the producer copies exactly the
-// tiles that Worker::run uses, in exactly its order. layers() below mirrors run(), line by line.
+// RULE. A slot has no label. The order alone says what is in it: the producer has to copy exactly the tiles
+// that Worker::run uses, in the same order. So layers() below mirrors run(), line by line.
 //
-// What if the two disagree? With tiles in another order, workers multiply wrong rows, and the results are
-// wrong numbers; the tests compare every stage with float64 and notice. With a tile more or less, some thread
-// waits for a slot in vain, and after some seconds the launch ends with a message about (F) or (E).
+// What if the two disagree? If the order differs, workers multiply wrong rows, and the results are wrong.
+// Nothing in the kernel notices, but the tests do, which compare every stage with float64. If the number of
+// tiles differs, one side waits for a slot in vain. After some seconds the launch then ends with a message
+// about (F) or (E).
 struct Producer {  // one thread of each block
   const Model& m;
   Shared& s;
@@ -620,8 +627,9 @@ struct Producer {  // one thread of each block
   uint32_t token_parity = 0;             // of (h)
   unsigned long long earliest_ns = 0;    // the time before which no copy may start
 
-  // Claims the next slot for a number of bytes. First it waits until the slot is empty. In the first round it
-  // asks for parity 1, and a new barrier says yes. Then it waits until it is time (chapter 15).
+  // Waits until the next slot is empty, then until it is time for the copy (chapter 15), and announces its
+  // bytes. In the first round all slots are empty. There the wait is for parity 1, and for a new mbarrier
+  // this counts as complete.
   __device__ void claim(uint32_t bytes) {
     wait(m, s, &s.empty[ring.slot], ring.parity ^ 1, SYNC_EMPTY);  // (E)
     unsigned long long now;
@@ -634,8 +642,8 @@ struct Producer {  // one thread of each block
   }
 
   // Rows first .. last - 1 of a matrix, with biases if there are any. The biases of a whole tile come with
-  // its first slot. A copy has to start at a multiple of 16 bytes, 8 biases; so up to 7 biases too many are
-  // copied in front, and the workers skip them.
+  // its first slot. A copy has to start at a multiple of 16 bytes, which is 8 biases. So it may begin up to 7
+  // biases early, and the workers skip these.
   __device__ void rows(const half* matrix, const half* bias, int first, int last) {
     for (int row = first; row < last; row += TILE_ROWS) {
       const int n = min(TILE_ROWS, last - row), skip = row % 8;
@@ -681,8 +689,9 @@ struct Producer {  // one thread of each block
         rows(w.w_qkv, w.b_qkv, qkv, qkv + QKV_ROWS);                      // S2
         units(w, unit, min(unit + plan.filler, plan.last_unit));          // S8
 
-        // The only rows that depend on the last token are its k and v. So before the first keys of a token
-        // are copied, the token before must be finished: (h). After it, the producer runs ahead again.
+        // Cached tokens are the only data here that the last token has changed. So before it copies the first
+        // ones of a token, the producer waits until the token before is finished: (h). Then it runs ahead
+        // again.
         if (!is_first_token && layer == 0 && h == plan.cluster) {
           wait(m, s, &s.token_ready, token_parity, SYNC_TOKEN);           // (h)
           token_parity ^= 1;
@@ -885,18 +894,19 @@ __device__ void Worker::rotate_and_append(int layer, int h, int position) const 
   workers_sync();  // (d)
 }
 
-// S5 ATTEND. A softmax over tokens that arrive a few at a time ("online"), in powers of 2:
+// S5 ATTEND. Its softmax takes tokens a few at a time ("online softmax") and works with powers of 2:
 //   1. A set of tokens with scores s_t has three results: top = max s_t, l = sum of 2^(s_t - top), and
 //      o = sum of 2^(s_t - top) * v_t. The attention output of the set is o / l.
 //   2. Two sets merge: take the larger top, multiply each set's l and o by 2^(its top - larger top), add.
-//   3. Powers of 2 are one instruction. They equal powers of e, if q has been multiplied by log2(e) before.
+//   3. 2^s is one instruction. It equals e^s where q has been multiplied by log2(e) before, which S3 does.
+//
 //   math    s_t = q . k_t; then top, l, o of this rank's tokens
-//   who     rank r has tokens first_token .. last_token - 1. 16 lanes share a token, with 8 dimensions each
-//           (10 lanes have some, as HS is 80). The last rank, which never has more tokens, adds the new one
+//   who     rank r has tokens first_token .. last_token - 1. In a warp, 16 lanes share a token, with 8
+//           dimensions each; a head has 80, so only 10 of these lanes have any. The last rank also takes the
+//           new token, because no rank has fewer cached ones
 //   bytes   4 * HS * T / K, 20 KB; with T = 2048, 328 KB, 9.3 us
 //   syncs   (F) (E) for each slot; (e) makes the last step wait for the results of all warps; (2) later
-// Sets merge three times: those of the lanes within a warp here, those of the warps in push_slice, those of
-// the ranks in S6.
+// Sets merge three times: those of lanes here, those of warps in push_slice, those of ranks in S6.
 constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // for a token [16]
 constexpr int WARP_TOKENS = 32 / TOKEN_LANES;     // tokens that a warp has at once [2]
 
@@ -1053,35 +1063,35 @@ __device__ void Worker::cluster_reduce() {
 //     have arrived in L2. While memory is busy, waiting for that takes about 1 us.
 //   - The buffer has to be zero before the next layer's additions, and all blocks have to wait for that.
 //
-// The answer to all three is one 64-bit *word* for each column of x, with a value and a count in it:
+// The answer to all three is a 64-bit *word* for each column of x. It holds a value and a count:
 //
-//     bits 63 .. 9    the value, an integer in units of 2^-22: integer sums do not depend on the order
-//     bits 8 .. 0     the count: how many additions the word has had
+//     bits 63 .. 9    the value, as an integer in units of 2^-22. Sums of integers do not depend on the order
+//     bits 8 .. 0     the count of additions that the word has had
 //
-// One atomic addition in L2 adds to the value, and 1 to the count, at the same moment. When the count shows
-// that every cluster has added, the word is *whole*. So a block may begin to read x before all blocks have
-// finished: each word carries its own counter, and the reader simply reads a word again if its count is too
-// small. No thread ever waits for its own additions to arrive. 1233 -> 1203 us.
+// One atomic addition, which L2 carries out, changes the value and adds 1 to the count at the same moment.
+// When the count says that every cluster has added, the word is *whole*. So each word carries its own
+// counter, and a reader simply reads a word again if its count is too small. No block waits for another
+// block, and none for its own additions: 1233 -> 1203 us.
 //
-// CUDA has three strengths of such accesses, in the order of their price:
-//   relaxed   the access is atomic, in L2, where all blocks see it. It says nothing about other data.
-//   release   an addition that becomes visible only after everything its thread did before (and everything
-//             that other threads of the block did before a sync with it).
-//   acquire   a load. If it sees what a release has added, it also sees everything before that release.
-// At (4) the data is its own flag: a whole word proves by its count that its value is complete. So relaxed
-// is enough. At (5) the flag, a counter, is separate from the data, so (5) needs release and acquire.
+// CUDA has three strengths of such accesses:
+//   relaxed   the access is atomic, in L2, where all blocks see it. It says nothing about other data
+//   release   an addition that becomes visible only after everything that its thread did before, and that
+//             other threads of the block did before a sync with this thread
+//   acquire   a load. If it sees what a release has added, it also sees everything before that release
+// At (4) the data is its own flag: the count of a whole word proves that its value is complete. So relaxed is
+// enough. At (5) the flag, a counter, is separate from the data, so (5) needs a release and an acquire.
 
 __device__ longlong2 load_relaxed(const long long* p);     // two words
 __device__ void add_relaxed(long long* p, long long v);    // the thread does not wait for the addition
 
-// A part that is not below 65536 (an infinity or NaN, too) cannot be an integer of this size. It makes the
-// word NaN, for good, see chapter 14.
+// One addition can be of anything below 65536. For a larger part, an infinity or a NaN, the word becomes NaN,
+// and stays it (chapter 14).
 //
-// Is x below 65536 in real checkpoints? The weights are in fp16, and PyTorch's fp16 step overflows at 65504.
-// A checkpoint that works there has no larger x. How close real ones come was not measured for this file.
-// Beyond the limit nothing goes wrong silently: x becomes NaN, so do the logits, the token is -1, and the
-// host ends the text with a message. (Of one cluster's sum, which fp16 never sees, the same holds: it, too,
-// has to be below 65536.)
+// Is x below 65536 in real checkpoints? In PyTorch's fp16 arithmetic x overflows at 65504, so a checkpoint
+// that works in fp16 stays below both. How close real ones come was not measured. Beyond the limit, nothing
+// goes wrong silently: x becomes NaN, and so do the logits; the token is -1, and the host ends the text with
+// a message. (A sum over one cluster, which fp16 arithmetic never forms, has the same limit and the same
+// end.)
 constexpr float FIXED_ONE = 1 << 22, FIXED_LIMIT = 1 << 16;
 constexpr long long FIXED_NAN = 1ll << 47, FIXED_EDGE = 1ll << 46;
 constexpr int COUNT_BITS = 9, LAP = 256, MOST_CLUSTERS = 254;  // why 254: chapter 14
@@ -1090,8 +1100,9 @@ __device__ long long to_word(float v) {  // what an addition of v adds to a word
   return (fabsf(v) < FIXED_LIMIT ? __float2ll_rn(v * FIXED_ONE) : FIXED_NAN) * (1 << COUNT_BITS) + 1;
 }
 __device__ float from_word(long long word) {
-  const long long q = word >> COUNT_BITS;
-  return q > -FIXED_EDGE && q < FIXED_EDGE ? __ll2float_rn(q) * (1 / FIXED_ONE) : __int_as_float(0x7fffffff);
+  const long long value = word >> COUNT_BITS;
+  const bool fits = value > -FIXED_EDGE && value < FIXED_EDGE;
+  return fits ? __ll2float_rn(value) * (1 / FIXED_ONE) : __int_as_float(0x7fffffff);  // the latter is NaN
 }
 // How many additions two words lack until their count is `whole`. 0 if both are whole. If they lack different
 // numbers, the result is some number other than 0.
@@ -1099,24 +1110,28 @@ __device__ unsigned lacking(const longlong2& words, unsigned whole) {
   return ((whole - (unsigned)words.x) | (whole - (unsigned)words.y)) % (1 << COUNT_BITS);
 }
 
-// Who sets x to zero? No thread does. There are two buffers, which alternate:
+// Which thread sets x to zero? None does. There are two buffers, and they alternate:
 //
-//                    buffer 0                                  buffer 1
-//     layer l        x, is read                                x of layer l - 1, is added to
-//     layer l + 1    x of layer l, is added to                 x, is read
+//                    buffer 0                        buffer 1
+//     layer l        x, is read                      an old x, is added to
+//     layer l + 1    an old x, is added to           x, is read
 //
-// The buffer that is added to still holds an old x. One thread of the grid per column is its *carrier*. It
-// adds x - old, where old is what this buffer still holds. The old value cancels, in whatever order the
-// additions arrive. For example, the buffer holds 5, x is 8, and two clusters add 1 and 2:
-//     5 + (8 - 5) + 1 + 2 = 11 = 8 + 1 + 2
-// The old count goes away in the same subtraction. The new count begins at 0 in one layer that uses a buffer,
-// and at 256, LAP, in the next one that does. In the example a word is whole after 3 additions, one of them
-// the carrier's. Say the old count was 3. Then this layer's has to reach 256 + 3 = 259:
-//                         value   count
-//     at first            5       3
-//     + 1 by a cluster    6       4           an old word that has had additions: its count is not near 259
-//     + (8 - 5)           9       258         the carrier adds 1 to the count, and 256 - 3
-//     + 2 by a cluster    11      259         whole
+// One thread of the grid for each column is the *carrier* of its word. It adds x - old, where old is what the
+// buffer still holds. The old value cancels, in whatever order the additions come. For example, the buffer
+// holds 5, x is 8, and two clusters add 1 and 2:
+//     5 + (8 - 5) + 1 + 2  =  11  =  8 + 1 + 2
+//
+// The same subtraction takes the old count away. The new count starts at 0 in one use of a buffer and at 256
+// (LAP) in the next, so that an old word cannot look whole. In the example, a word gets 3 additions, one of
+// them the carrier's. If the old count is 3, the word is whole at 256 + 3 = 259:
+//                           value   count
+//     as it was             5       3
+//     a cluster adds 1      6       4       without the carrier, the count can only be 3, 4 or 5
+//     the carrier adds      9       258     8 - 5 to the value; 1, and 256 - 3, to the count
+//     a cluster adds 2      11      259     whole
+//
+// Can a fast block add to a buffer that a slow block still reads? No. Before it adds, it has passed a (4) for
+// which every block had added something, and each block did that after reading (chapter 12).
 __device__ int first_count(unsigned steps) { return steps / 2 % 2 * LAP; }  // of the x after `steps` layers
 
 __device__ long long* Worker::buffer(unsigned steps) const { return m.residual + steps % 2 * C; }
@@ -1135,10 +1150,10 @@ __device__ void Worker::carry(int layer, int token, long long* x_next, unsigned 
   const Layer& w = m.layers[layer];
   const int count = first_count(steps + 1);
   const float2 out = widen2(w.b_out + c), down = widen2(w.b_down + c),
-               old = layer == 0 ? widen2(embedding(token) + c)
-                                : make_float2(from_word(own_now.x), from_word(own_now.y));
-  add_relaxed(x_next + c, to_word(old.x + out.x + down.x) + count - (unsigned long long)own_next.x);
-  add_relaxed(x_next + c + 1, to_word(old.y + out.y + down.y) + count - (unsigned long long)own_next.y);
+               x = layer == 0 ? widen2(embedding(token) + c)
+                              : make_float2(from_word(own_now.x), from_word(own_now.y));
+  add_relaxed(x_next + c, to_word(x.x + out.x + down.x) + count - (unsigned long long)own_next.x);
+  add_relaxed(x_next + c + 1, to_word(x.y + out.y + down.y) + count - (unsigned long long)own_next.y);
 }
 
 // S9 SUM, second half
@@ -1162,7 +1177,7 @@ __device__ void Worker::add_to_residual(long long* x_next) const {
 //   who     each thread reads 4 pairs of columns for its block, and then takes its own 8 from shared memory
 //   bytes   8 * C, 20 KB from L2
 //   syncs   (4); (g) all threads wait for the one that polls; (a) they wait for each other's columns
-// All blocks read the same x, so a block reads each word just once: 1300 -> 1270 us.
+// All blocks read the same x, so each word comes to a block once, not once for each thread that needs it.
 constexpr int PAIRS = ceil_div(C / 2, WORKERS);  // [4]
 
 __device__ void Worker::read_x(int layer, int token, const long long* x_now, unsigned steps, Columns& x) {
@@ -1190,30 +1205,32 @@ __device__ void Worker::wait_for_x(const long long* x_now, unsigned whole) const
   workers_sync();  // (g)
 }
 
-// One pair is whole, so the others probably are. Each thread checks what it reads, and reads again if not.
+// That pair is whole, so the others probably are, too. Every thread checks the pairs that it reads, and reads
+// again while any is not whole.
 __device__ void Worker::read_residual(const long long* x_now, unsigned whole, Columns& x) {
-  longlong2 q[PAIRS];
+  longlong2 words[PAIRS];
   for (unsigned lack = 1; lack;) {
     lack = 0;
     for (int i = 0; i < PAIRS; i++)  // starts all loads before it uses the first: one trip to L2 instead of 4
-      if (tid + i * WORKERS < C / 2) q[i] = load_relaxed(x_now + 2 * (tid + i * WORKERS));
+      if (tid + i * WORKERS < C / 2) words[i] = load_relaxed(x_now + 2 * (tid + i * WORKERS));
     for (int i = 0; i < PAIRS; i++)
-      if (tid + i * WORKERS < C / 2) lack |= lacking(q[i], whole);  // (4)
+      if (tid + i * WORKERS < C / 2) lack |= lacking(words[i], whole);  // (4)
   }
 
-  // A carrier keeps its words. All put the values into shared memory, and then take their own columns.
+  // Keep the words that this thread carries. Put all values into shared memory, and take this thread's
+  // columns.
   for (int i = 0; i < PAIRS; i++) {
     const int pair = tid + i * WORKERS;
-    if (pair == carried) own_now = q[i];
+    if (pair == carried) own_now = words[i];
     if (pair < C / 2)
-      *reinterpret_cast<float2*>(&s.x[2 * pair]) = make_float2(from_word(q[i].x), from_word(q[i].y));
+      *reinterpret_cast<float2*>(&s.x[2 * pair]) = make_float2(from_word(words[i].x), from_word(words[i].y));
   }
   workers_sync();  // (a)
   for (int i = 0; i < COLS; i++) x[i] = s.x[column(i)];
 }
 
-// After logits that were not finite, the token is -1. It reads row 0 instead, so that the launch can go on
-// with its other tokens; the host ends the text at the -1.
+// The token is -1 after logits that were not finite. Then row 0 stands in, so that the launch can make its
+// other tokens. The host ends the text at the -1.
 __device__ const half* Worker::embedding(int token) const {
   return m.embed_in + (size_t)min(max(token, 0), V - 1) * C;
 }
@@ -1222,6 +1239,8 @@ __device__ void Worker::read_embedding(int token, Columns& x) const {
 }
 
 // 9. The LM head, and the next token ======================================================================
+// The LM head is one more matrix, V rows of C, and every block multiplies its share of them.
+// Then the whole grid has to agree on one token before the next one can begin.
 
 __device__ void arrive_release(unsigned* counter);               // adds 1 to a counter in global memory
 __device__ unsigned load_acquire(const unsigned* counter);
@@ -1307,7 +1326,8 @@ __device__ int Worker::choose_token(const Columns& xn, int position, unsigned ma
 // with a head ("busy", n of them) take u units, the others r units:
 //     H + 4*C * u = 4*C * r                       all blocks read the same
 //     n * u + (blocks - n) * r = MLP              all units are dealt out
-// For 2.8b, H is as much as 83 units, n = 64, and the solution is u = 34.8 and r = 117.8.
+// For 2.8b, H is as much as 83 units, n = 64, and the solution is u = 34.8 and r = 117.8. So the 34 clusters
+// without a head do nothing but hidden units.
 //
 // Two costs are not bytes, and so they are counted as bytes. A cached token counts 1.5 times (KV_WEIGHT / 2),
 // because softmax makes it slower to use than to read: 1441 -> 1392 us at T = 2000. In small models, a head's
@@ -1354,9 +1374,9 @@ __device__ void Worker::prepare(int at) const {  // for the token at position `a
   load_rope(m, s, at, WORKERS);
 }
 
-// The producer's whole life: for each token, its layers and its LM head. How can it begin a token that is not
-// chosen yet? The rows of all layers are the same for every token. Only the row of embed_in depends on it,
-// and the workers read that row themselves.
+// All that the producer does: for each token, its layers and its LM head. How can it begin with a token that
+// is not chosen yet? The rows of the layers are the same for every token. Only the row of embed_in depends on
+// the token, and the workers read that row themselves.
 __device__ void Producer::run(int first_layer, int last_layer, int first, int end, bool with_lm_head) {
   for (int position = first; position < end; position++) {
     const Plan plan = make_plan(blockIdx.x, gridDim.x, position);
@@ -1374,8 +1394,8 @@ __device__ void Worker::begin(int first_layer, const long long* x_now) {
   norms = load_norms(first_layer);
 }
 
-// Clears the buffer that was read last, for the next launch, and writes back State. Every block has added to
-// the other buffer, and so has read this one, and State, long ago.
+// Clears the buffer that was read before the last one, for the next launch, and writes State. No block still
+// needs either: every block has added to the last x, and so has read what came before it.
 __device__ void Worker::finish(long long* x_next, int token, int position, unsigned steps,
                                unsigned made) const {
   if (lane == 0) barrier_arrive(&s.workers_done);
@@ -1389,8 +1409,11 @@ __device__ void Worker::finish(long long* x_next, int token, int position, unsig
 __device__ void barriers_exist();  // makes initialised mbarriers known to peers and to bulk copies
 __device__ void cluster_sync();    // waits until all threads of all blocks of the cluster are here
 
-// The kernel: what every thread of the grid runs. threadIdx.x is its number in its block, blockIdx.x the
-// number of its block, gridDim.x the number of blocks.
+// The kernel: what every thread of the grid runs. threadIdx.x is the number of the thread in its block,
+// blockIdx.x the number of the block, gridDim.x that of all blocks. __launch_bounds__ lets the compiler give
+// a thread all registers that 352 threads on one processor leave it. __grid_constant__ keeps the parameter
+// where it is, instead of a copy in each thread. The size of `raw`, the block's shared memory, is set by the
+// launch.
 //   new_tokens    how many tokens to make; fewer if the cache ends before. 0: run only layers first_layer
 //                 to last_layer - 1, without LM head
 __global__ void __launch_bounds__(WORKERS + 32, 1)
