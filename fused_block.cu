@@ -91,13 +91,12 @@
 
 // 2. Who owns what ========================================================================================
 // A GPU is many processors, 132 in an H200 (NVIDIA's word is multiprocessor). Each has 227 KiB of fast memory
-// of its own, called *shared memory* because the threads on this processor share it. All processors read one
-// large *global memory*, which holds the weights, the cache and x, through one cache, called *L2*. CUDA
-// groups threads like this:
+// of its own, called *shared memory* because the threads on this processor share it. All of them read and
+// write one large *global memory*, which holds the weights, the cache of keys and values, and x. CUDA groups
+// threads like this:
 //
 //     thread    has its own variables, in registers
-//     warp      32 threads that run mostly in step and can read one another's registers (by a *shuffle*).
-//               The number of a thread in its warp is its *lane*
+//     warp      32 threads that run mostly in step
 //     block     352 threads here, 11 warps, on one processor, with its shared memory. 132 blocks, one each
 //     cluster   2 neighbouring blocks, which can write into each other's shared memory. The number of a
 //               block in its cluster is its *rank*, 0 or 1
@@ -133,20 +132,20 @@
 // default_cluster in build.py chooses the smallest that fits.
 
 // 3. The layer loop =======================================================================================
-// The loop below is one worker's. It needs a few sizes; their values for 2.8b stand in brackets. build.py
-// gives every name in capitals that this file does not define, such as HIDDEN, on nvcc's command line.
+// The loop below is one worker's. It needs a few sizes first; their values for 2.8b stand in brackets. Names
+// in capitals that this file does not define, such as HIDDEN, come from build.py, on nvcc's command line.
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 constexpr int C = HIDDEN, NH = HEADS, HS = HEAD_SIZE, ROT = ROTARY, V = VOCAB, L = LAYERS, CTX = CONTEXT;
 constexpr int K = CLUSTER;                      // blocks in a cluster [2]
-constexpr int PIECES = C < 4096 ? 1 : 2;        // pieces of 16 bytes of a row that a thread owns [1]
-constexpr int COLS = 8 * PIECES;                // columns that a thread owns [8]
+constexpr int PIECES = C < 4096 ? 1 : 2;        // pieces of 16 bytes of a row that a worker owns [1]
+constexpr int COLS = 8 * PIECES;                // columns that a worker owns [8]
 constexpr int TEAM = C / COLS;                  // workers that hold one row between them: a team [320]
 constexpr int TEAMS = ceil_div(THREADS, TEAM);  // teams in a block; chapter 13 has shapes with more [1]
 constexpr int WORKERS = TEAM * TEAMS;           // threads of a block that compute [320]
 
-typedef float Columns[COLS];                    // registers: one thread's columns of x, y or a LayerNorm
+typedef float Columns[COLS];                    // registers: one worker's columns of x, y or a LayerNorm
 struct Norms { uint4 w1[PIECES], b1[PIECES], w2[PIECES], b2[PIECES]; };  // its LayerNorms' gains and biases
 
 struct Plan {  // the share of one block in the work on one token (chapter 10)
@@ -411,10 +410,11 @@ struct alignas(128) Shared {                        // bytes       chapter, and 
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory: FIXED_BYTES is wrong");
 
 // 4. dot tile and axpy tile ===============================================================================
-// The problem. To add up the products of a row, all 320 threads have to be combined. Within a warp that is a
-// chain of 5 shuffles: with the lane 1 away, then 2, 4, 8 and 16 away, each step waiting for the one before.
-// Then the 10 warps exchange their sums through shared memory, with a sync. Done for every single row, this
-// *reduction* would take longer than memory needs to deliver the row.
+// The problem. To add up the products of a row, all 320 threads have to be combined. Within a warp, a thread
+// can read the register of another lane (its number in the warp is a thread's *lane*). This is a *shuffle*.
+// To combine all 32 lanes takes a chain of 5 shuffles: from the lane 1 away, then 2, 4, 8 and 16 away, each
+// waiting for the one before. Then the 10 warps exchange their sums through shared memory, with a sync. Done
+// for every single row, this *reduction* would take longer than memory needs to deliver the row.
 //
 // The answer. Combine 8 rows at once, a *tile*. All workers first multiply their columns of 8 rows, and keep
 // 8 sums in registers. Then one reduction serves all 8 rows. With 2 rows a tile, a token takes 1984 us; with
@@ -608,7 +608,7 @@ __device__ void give_up(Failure* failure, int sync, int layer, int seen);  // wr
 constexpr int KV_TOKENS = SLOT_BYTES / (4 * HS);  // cached tokens in a slot: half k, half v [64]
 constexpr int CLOCK_NS = 32;                 // the clock of all blocks, global_ns, advances in steps of 32 ns
 __device__ unsigned long long global_ns();
-__device__ uint64_t read_once_policy();      // tells L2 to give up the copied bytes first: 1212 -> 1202 us
+__device__ uint64_t read_once_policy();      // how L2 should treat the copied bytes: chapter 17
 __device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint64_t policy);
 __device__ void order_copies();              // later copies see all that this thread has seen
 
@@ -1068,10 +1068,11 @@ __device__ void Worker::cluster_reduce() {
 //     bits 63 .. 9    the value, as an integer in units of 2^-22. Sums of integers do not depend on the order
 //     bits 8 .. 0     the count of additions that the word has had
 //
-// One atomic addition, which L2 carries out, changes the value and adds 1 to the count at the same moment.
-// When the count says that every cluster has added, the word is *whole*. So each word carries its own
-// counter, and a reader simply reads a word again if its count is too small. No block waits for another
-// block, and none for its own additions: 1233 -> 1203 us.
+// Behind all processors, in front of global memory, is a cache, *L2*, and it can add. One such atomic
+// addition changes the value and adds 1 to the count at the same moment. When the count says that every
+// cluster has added, the word is *whole*. So each word carries its own counter, and a reader simply reads a
+// word again if its count is too small. No block waits for another block, and none for its own additions:
+// 1233 -> 1203 us.
 //
 // CUDA has three strengths of such accesses:
 //   relaxed   the access is atomic, in L2, where all blocks see it. It says nothing about other data
@@ -1239,8 +1240,8 @@ __device__ void Worker::read_embedding(int token, Columns& x) const {
 }
 
 // 9. The LM head, and the next token ======================================================================
-// The LM head is one more matrix, V rows of C, and every block multiplies its share of them.
-// Then the whole grid has to agree on one token before the next one can begin.
+// The LM head is one more matrix, V rows of C, and every block multiplies its share of them. Then the whole
+// grid has to agree on one token before the next one can begin.
 
 __device__ void arrive_release(unsigned* counter);               // adds 1 to a counter in global memory
 __device__ unsigned load_acquire(const unsigned* counter);
@@ -1523,23 +1524,25 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 //     37.5          Rank 0 begins S2 of layer 1, and pushes into rank 1's qkv again. This is safe.
 //     55.3          Rank 1 passes (1) with parity 1. This phase could not complete before rank 1 saw the
 //                   first one, because rank 0's pushes of layer 1 came after rank 1's of 21.0.
-// The inbox (2) is next read at S6, after which every team that uses it sends rows or y; the inbox (3) is
-// read in S9 by the thread that then adds the same columns to x, so when all words are whole, all columns are
-// read.
+// The other two inboxes live in the same way. A peer overwrites (2) after it has received our next rows or
+// our y, both of which we push after S6. A peer overwrites (3) after (4), and (4) needs our additions, which
+// each thread makes after it has read its columns of `sums`.
 //
-// Buffers of x, and `best`. A thread adds to a buffer only after it has passed a (4). This (4) needed
-// additions from every cluster, which each block made after it had read the buffer, because it made them of
-// what it read. The same (4) shows that every block has read `best` of the token before last.
+// Buffers of x. A block adds to a buffer only after it has passed a (4). This (4) needed additions from every
+// block, and each block made them from the x that it had read before, in the very buffer. The same (4) shows
+// that every block has read the entry of `best` that is cleared next.
 //
-// Parity. One bit tells phases apart if no phase completes before every waiting thread has seen the last one.
-// (1) and (3): a peer's next push follows a message that this block sent after its own wait. (2): the next
-// phase needs this block's own top, l and o, which it pushes after (d), where every warp comes after its
+// Parity. One bit is enough if no phase completes before every waiting thread has seen the last one. (1) and
+// (3): a peer pushes for the next phase after a message that this block sent after its own wait. (2): the
+// next phase needs this block's own top, l and o, which it pushes after (d), where every warp comes after its
 // wait. (h): only the producer waits, and without the producer's copies no worker reaches the next (h).
 //
-// Exit. A block must not end while pushes are on their way to it or from it. It ends after a (4) or (5).
-// Before these, every block of the grid has waited for all bytes of its (1), (2) and (3): no push is left.
+// Exit. A block must not end while a push to it or from it is on its way. The last pushes of a token are
+// those of y in its last layer. Their receiver has waited for them, (3), before it added to x; and the sender
+// ends only after a (4) that needed this addition.
 //
 // The end of a launch is a sync, too: the next launch sees x, the cache and State.
+// All this is an argument, not a proof in the terms of PTX's memory model.
 //
 // The same bits in every run. The plan depends on block, grid and position alone. Sums within a cluster are
 // taken in the order of threads, warps and ranks. What comes in any order is integers: words of x, and
@@ -1595,32 +1598,33 @@ static_assert(SLOTS >= 2 * HALF_TILES, "two tiles: one being read, one on its wa
 // parts may exceed 65536 and is still read correctly, up to 2^24. The next layer's carrier then adds it as
 // one part, which does not fit, and x becomes NaN.
 //
-// Old counts. A word that is being added to has a count between that of its last layer, when it was complete,
-// and that plus the number of clusters. The count that makes it whole begins 256 further on (or back, in 9
-// bits). With at most 254 clusters, an old word never has it before the carrier has come. This is the other
-// reason for 254.
+// Old counts. Before its carrier has come, a word has its old total and the additions of some clusters, at
+// most 254 of them. The count that would make it whole is 256 away from the old total. So it never looks
+// whole, and this is the other reason for 254. After the carrier, the count is the true one.
 
 // 15. Pace ================================================================================================
-// Memory does not serve all processors alike. Some get their rows sooner, and then wait at (4) for the
-// others, whose rows were served later for their sake. So every producer limits itself. All blocks together
-// ask for at most PACE bytes in a ns, and each for an equal share of it: a copy of b bytes allows the next
-// one b * blocks / PACE ns later. In 2.8b, PACE is 4800, the bandwidth in the H200's datasheet. Without a
-// pace: 1218 -> 1202 us.
+// Memory does not serve all processors alike. Some blocks get their rows early, and then wait at (4) for
+// blocks that get theirs late. So each producer limits itself to an equal share of PACE, the bytes that all
+// blocks together may ask for in a ns: after a copy of b bytes, the next one may start b * blocks / PACE ns
+// later. In 2.8b, PACE is 4800, which is the bandwidth in the H200's datasheet. Without a pace and with it:
+// 1218 -> 1202 us, and 444 -> 409 us for pythia-1b.
 //
-// A producer that falls behind does not catch up, because what it makes up for would be served unequally
-// again. But the clock advances in steps of 32 ns, and without CLOCK_NS in claim, every wait would lose part
-// of a step. CUDA's other clock counts cycles. They get longer when a GPU is short of power, and the pace
-// slower with them.
+// A producer that falls behind does not catch up, because memory would not share that equally, either: with
+// up to 0.3 us of catching up, 1264 -> 1267 us. But the clock advances in steps of 32 ns, so a producer may
+// see its time that much too late. This does not count as falling behind: hence CLOCK_NS in claim. The GPU's
+// other clock counts cycles, which get longer when the GPU is short of power: 1273 -> 1306 us.
 
 // 16. Patience ============================================================================================
-// If a block does not come, for whatever reason, the others would wait for ever, and the host with them. So
-// the waits for other blocks, and for the producer, have a limit of 3 s. The first thread that reaches it
-// writes what it has waited for to host memory: the number of the sync, its block, the layer, and what it
-// saw, which is the missing additions at (4), the missing blocks at (5), and the parity elsewhere. Then it
-// executes a trap, which ends the launch and the CUDA context, and the host reports what was written.
+// What if a wait never ends, because of a mistake in this file or a fault of the machine? Then all blocks
+// would wait for ever, and the host with them. So the waits for peers have a limit of 3 s, and those of the
+// producer one of 6 s. The first thread that reaches its limit writes a report to host memory: the number of
+// the sync, its block, the layer, and what it saw. That is the number of missing additions at (4), that of
+// missing blocks at (5), and the parity elsewhere. Then it executes a trap, which ends the launch and the
+// CUDA context, and the host turns the report into a message.
 //
-// A producer has twice that time, so that a worker, which is closer to the cause, reports first. Workers do
-// not time their waits at (F). If they hang there, the producer reports it: it stays until they are done.
+// The producer's limit is longer so that a worker, which is closer to the cause, reports first. At (F)
+// workers have no limit. If they hang there, the producer makes the report: it does not end before they are
+// done.
 
 // __noinline__ keeps this code out of the loops.
 __device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int seen) {
@@ -1698,7 +1702,8 @@ __device__ void named_barrier(int id, int threads) {
   asm volatile("barrier.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
 
-// Weights are read once a token, x is read by all blocks. So copies tell L2 to evict their bytes first.
+// Weights are read once a token, x is read by all blocks. So copies tell L2 to evict their bytes first: 1212
+// -> 1202 us.
 __device__ uint64_t read_once_policy() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
