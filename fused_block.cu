@@ -1,7 +1,7 @@
-// fused_block.cu: one CUDA kernel that makes whole tokens with Pythia, from the embedding to the choice.
+// fused_block.cu: one CUDA kernel for all of Pythia's decode step, from the embedding to the next token.
 //
 // 0. One token, and what it costs =========================================================================
-// To write one more token, a language model reads all of its weights once. This file does the whole step in
+// To write one more token, a language model reads all of its weights once. This file does all of that step in
 // one *kernel*, a function that all threads of a GPU run together. One call of the kernel is a *launch*; it
 // makes one token, or up to 8 in a row.
 //
@@ -29,9 +29,9 @@
 //     L        layers                                                        32
 //     T        tokens in the cache, and so the position of the new token     128 in all examples
 //
-// A *layer* is what Pythia's paper calls a transformer block, hence the name of this file. From here on the
-// word block means something else: a group of threads (chapter 2). The text explains pythia-2.8b on an H200;
-// chapter 13 says what the other nine sizes do differently.
+// A *layer* is what Pythia's paper calls a transformer block, hence the name of this file. From here on, a
+// block is something else: a group of threads (chapter 2). The text explains pythia-2.8b on an H200; chapter
+// 13 says what the other nine sizes do differently.
 //
 // The budget. At batch 1 a weight is used once and then not again before the next token. So a layer takes at
 // least the time in which memory delivers its bytes:
@@ -43,11 +43,12 @@
 // leaves out all sums across threads and GELU, which is wrong, is hardly faster, 1280 -> 1277 us. So one goal
 // explains nearly everything in this file: memory must never sit idle.
 //
-// How to read. Chapters 1 and 2 lead to chapter 3, the layer loop, which is the whole algorithm. Chapters 4
-// to 9 each take a problem that the loop leaves open. Chapter 10 divides the work, and chapter 11 tells one
-// layer in time. The rest is appendix. Labels in brackets are *syncs*: points that a thread passes only when
-// something that other threads do has happened. (1) to (5) are the large ones. Letters mark small ones inside
-// a block, which are explained where they stand.
+// How to read. Chapters 1 and 2 lead to chapter 3, the layer loop, which is the algorithm. Chapters 4 to 9
+// each take a problem that the loop leaves open. Chapter 10 divides the work, and chapter 11 tells one layer
+// in time. The rest is appendix. Every stage has a card: its math; who computes what; the bytes that a block
+// moves for it; its syncs. A *sync* is a point that a thread passes only after something that other threads
+// do has happened. Syncs have labels in brackets: (1) to (5) are the large ones, letters mark small ones
+// inside a block.
 //
 // Numbers like "1271 -> 2380 us" are the times of a token of 2.8b before and after one change. They come from
 // results/attempts.md and README.md, where other sizes stand too. Compare the two numbers of a pair, not
@@ -87,13 +88,13 @@
 //                                                                                  S9: x = x + y + biases
 //
 // At one point of a layer every thread depends on all others: the next x needs every part of y. This is (4),
-// the only sync of the whole GPU in a layer. Once a token there is another, (5), for the choice.
+// the only sync of the GPU's blocks in a layer. Once a token there is another, (5), for the choice.
 
 // 2. Who owns what ========================================================================================
-// A GPU is many processors, 132 in an H200 (NVIDIA's word is multiprocessor). Each has 227 KiB of fast memory
-// of its own, called *shared memory* because the threads on this processor share it. All of them read and
-// write one large *global memory*, which holds the weights, the cache of keys and values, and x. CUDA groups
-// threads like this:
+// A GPU is many processors, 132 in an H200 (NVIDIA calls them multiprocessors). Each has 227 KiB of fast
+// memory of its own, called *shared memory* because the threads on this processor share it. All of them read
+// and write one large *global memory*, which holds the weights, the cache of keys and values, and x. CUDA
+// groups threads like this:
 //
 //     thread    has its own variables, in registers
 //     warp      32 threads that run mostly in step
@@ -134,6 +135,7 @@
 // 3. The layer loop =======================================================================================
 // The loop below is one worker's. It needs a few sizes first; their values for 2.8b stand in brackets. Names
 // in capitals that this file does not define, such as HIDDEN, come from build.py, on nvcc's command line.
+// `__device__` marks functions that run on the GPU.
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -194,7 +196,7 @@ struct Worker {
         continue;
       }
 
-      // S9, first part. Add x itself and the biases to x_next: one thread of the whole grid for each column.
+      // S9, first part. Add x itself and the biases to x_next: one thread of the grid for each column.
       carry(layer, token, x_next, steps);
 
       // S1. Scale x for the hidden units.
@@ -276,8 +278,8 @@ struct Worker {
   __device__ void carry(int layer, int token, long long* x_next, unsigned steps) const;
   __device__ void add_to_residual(long long* x_next) const;
   __device__ void read_x(int layer, int token, const long long* x_now, unsigned steps, Columns& x);
-  __device__ void wait_for_x(const long long* x_now, unsigned whole) const;
-  __device__ void read_residual(const long long* x_now, unsigned whole, Columns& x);
+  __device__ void wait_for_x(const long long* x_now, unsigned wanted) const;
+  __device__ void read_residual(const long long* x_now, unsigned wanted, Columns& x);
   __device__ const half* embedding(int token) const;
   __device__ void read_embedding(int token, Columns& x) const;
   // 9. The LM head, and the next token
@@ -411,10 +413,10 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory
 
 // 4. dot tile and axpy tile ===============================================================================
 // The problem. To add up the products of a row, all 320 threads have to be combined. Within a warp, a thread
-// can read the register of another lane (its number in the warp is a thread's *lane*). This is a *shuffle*.
-// To combine all 32 lanes takes a chain of 5 shuffles: from the lane 1 away, then 2, 4, 8 and 16 away, each
-// waiting for the one before. Then the 10 warps exchange their sums through shared memory, with a sync. Done
-// for every single row, this *reduction* would take longer than memory needs to deliver the row.
+// can read a register of another one, which is called a *shuffle*. A thread's number in its warp is its
+// *lane*. To combine all 32 lanes takes a chain of 5 shuffles: from the lane 1 away, then 2, 4, 8 and 16
+// away, each waiting for the one before. Then the 10 warps exchange their sums through shared memory, with a
+// sync. Done for every single row, this *reduction* would take longer than memory needs to deliver the row.
 //
 // The answer. Combine 8 rows at once, a *tile*. All workers first multiply their columns of 8 rows, and keep
 // 8 sums in registers. Then one reduction serves all 8 rows. With 2 rows a tile, a token takes 1984 us; with
@@ -428,9 +430,9 @@ __device__ const uint4& as16(const half* p) { return *reinterpret_cast<const uin
 __device__ float2 widen2(const half* h) { return __half22float2(*reinterpret_cast<const half2*>(h)); }
 // 8 numbers in fp16 to fp32. Weights, k and v are fp16, but all products and sums are fp32.
 __device__ void widen(const uint4& w, float* f) {
-  const half* h = reinterpret_cast<const half*>(&w);
+  const half* halfs = reinterpret_cast<const half*>(&w);
   for (int i = 0; i < 4; i++) {
-    const float2 pair = widen2(h + 2 * i);
+    const float2 pair = widen2(halfs + 2 * i);
     f[2 * i] = pair.x; f[2 * i + 1] = pair.y;
   }
 }
@@ -641,8 +643,8 @@ struct Producer {  // one thread of each block
     bulk_copy(to, from, bytes, &s.full[ring.slot], policy);
   }
 
-  // Rows first .. last - 1 of a matrix, with biases if there are any. The biases of a whole tile come with
-  // its first slot. A copy has to start at a multiple of 16 bytes, which is 8 biases. So it may begin up to 7
+  // Rows first .. last - 1 of a matrix, with biases if there are any. The biases of a tile come with its
+  // first slot. A copy has to start at a multiple of 16 bytes, which is 8 biases. So it may begin up to 7
   // biases early, and the workers skip these.
   __device__ void rows(const half* matrix, const half* bias, int first, int last) {
     for (int row = first; row < last; row += TILE_ROWS) {
@@ -739,7 +741,8 @@ __device__ Norms Worker::load_norms(int layer) const {
 // thread first takes the mean of its 8 values, and then adds up the squared distances to this mean. Two
 // groups of n values, with a mean and such a sum each, merge exactly (Chan, Golub, LeVeque 1979):
 //     mean = (mean_a + mean_b) / 2,   squares = squares_a + squares_b + (mean_a - mean_b)^2 * n / 2
-// Groups merge lane by lane within a warp; then every thread merges the 10 warps.
+// Groups merge lane by lane within a warp; then every thread merges the 10 warps. After (b), warp_stats is
+// not written again before (g) of the next layer, when all have read it.
 constexpr float LN_EPS = 1e-5f;
 
 __device__ void Worker::normalize(Columns& x) const {
@@ -1065,28 +1068,27 @@ __device__ void Worker::cluster_reduce() {
 //
 // The answer to all three is a 64-bit *word* for each column of x. It holds a value and a count:
 //
-//     bits 63 .. 9    the value, as an integer in units of 2^-22. Sums of integers do not depend on the order
+//     bits 63 .. 9    the value, an integer that counts 2^-22. Sums of integers do not depend on the order
 //     bits 8 .. 0     the count of additions that the word has had
 //
 // Behind all processors, in front of global memory, is a cache, *L2*, and it can add. One such atomic
 // addition changes the value and adds 1 to the count at the same moment. When the count says that every
-// cluster has added, the word is *whole*. So each word carries its own counter, and a reader simply reads a
-// word again if its count is too small. No block waits for another block, and none for its own additions:
-// 1233 -> 1203 us.
+// cluster has added, the word is *complete*. So each word carries its own counter, and a reader simply reads
+// a word again if its count is too small. No block has to say that it has finished, and none waits for its
+// own additions to arrive: 1233 -> 1203 us.
 //
 // CUDA has three strengths of such accesses:
 //   relaxed   the access is atomic, in L2, where all blocks see it. It says nothing about other data
 //   release   an addition that becomes visible only after everything that its thread did before, and that
 //             other threads of the block did before a sync with this thread
 //   acquire   a load. If it sees what a release has added, it also sees everything before that release
-// At (4) the data is its own flag: the count of a whole word proves that its value is complete. So relaxed is
+// At (4) the data is its own flag: the count of a word proves that its value is complete. So relaxed is
 // enough. At (5) the flag, a counter, is separate from the data, so (5) needs a release and an acquire.
 
 __device__ longlong2 load_relaxed(const long long* p);     // two words
 __device__ void add_relaxed(long long* p, long long v);    // the thread does not wait for the addition
 
-// One addition can be of anything below 65536. For a larger part, an infinity or a NaN, the word becomes NaN,
-// and stays it (chapter 14).
+// An addition has to be below 65536. A larger one, an infinity or a NaN makes the word NaN (chapter 14).
 //
 // Is x below 65536 in real checkpoints? In PyTorch's fp16 arithmetic x overflows at 65504, so a checkpoint
 // that works in fp16 stays below both. How close real ones come was not measured. Beyond the limit, nothing
@@ -1105,10 +1107,10 @@ __device__ float from_word(long long word) {
   const bool fits = value > -FIXED_EDGE && value < FIXED_EDGE;
   return fits ? __ll2float_rn(value) * (1 / FIXED_ONE) : __int_as_float(0x7fffffff);  // the latter is NaN
 }
-// How many additions two words lack until their count is `whole`. 0 if both are whole. If they lack different
-// numbers, the result is some number other than 0.
-__device__ unsigned lacking(const longlong2& words, unsigned whole) {
-  return ((whole - (unsigned)words.x) | (whole - (unsigned)words.y)) % (1 << COUNT_BITS);
+// How many additions two words lack until they have the count that is wanted; 0 if both are complete. If they
+// lack different numbers, the result is some number other than 0.
+__device__ unsigned lacking(const longlong2& words, unsigned wanted) {
+  return ((wanted - (unsigned)words.x) | (wanted - (unsigned)words.y)) % (1 << COUNT_BITS);
 }
 
 // Which thread sets x to zero? None does. There are two buffers, and they alternate:
@@ -1123,13 +1125,13 @@ __device__ unsigned lacking(const longlong2& words, unsigned whole) {
 //     5 + (8 - 5) + 1 + 2  =  11  =  8 + 1 + 2
 //
 // The same subtraction takes the old count away. The new count starts at 0 in one use of a buffer and at 256
-// (LAP) in the next, so that an old word cannot look whole. In the example, a word gets 3 additions, one of
-// them the carrier's. If the old count is 3, the word is whole at 256 + 3 = 259:
+// (LAP) in the next, so that an old word cannot look complete. In the example, a word gets 3 additions, one
+// of them the carrier's. If the old count is 3, the word is complete at 256 + 3 = 259:
 //                           value   count
 //     as it was             5       3
 //     a cluster adds 1      6       4       without the carrier, the count can only be 3, 4 or 5
 //     the carrier adds      9       258     8 - 5 to the value; 1, and 256 - 3, to the count
-//     a cluster adds 2      11      259     whole
+//     a cluster adds 2      11      259     complete
 //
 // Can a fast block add to a buffer that a slow block still reads? No. Before it adds, it has passed a (4) for
 // which every block had added something, and each block did that after reading (chapter 12).
@@ -1174,7 +1176,7 @@ __device__ void Worker::add_to_residual(long long* x_next) const {
 }
 
 // S0 READ X
-//   math    x = the values of all words, once they are whole; in layer 0, a row of embed_in
+//   math    x = the values of all words, once they are complete; in layer 0, a row of embed_in
 //   who     each thread reads 4 pairs of columns for its block, and then takes its own 8 from shared memory
 //   bytes   8 * C, 20 KB from L2
 //   syncs   (4); (g) all threads wait for the one that polls; (a) they wait for each other's columns
@@ -1185,37 +1187,37 @@ __device__ void Worker::read_x(int layer, int token, const long long* x_now, uns
   if (tid == 0) s.layer = layer;
   if (layer == 0) read_embedding(token, x);
   else {
-    const unsigned whole = s.plan.clusters + 1 + first_count(steps);  // 66 clusters and the carrier
-    wait_for_x(x_now, whole);
+    const unsigned wanted = s.plan.clusters + 1 + first_count(steps);  // 66 clusters and the carrier
+    wait_for_x(x_now, wanted);
     mark(MARK_START, layer);
-    read_residual(x_now, whole, x);
+    read_residual(x_now, wanted, x);
   }
 }
 
-// If all threads read x again and again until it is whole, they slow down the additions that they wait for:
-// 1202 -> 1257 us. So thread 0 alone polls, and only one pair of words. It takes the last pair of its rank's
-// columns, which clusters add last. These columns get their additions from blocks of the same rank, so each
-// block that fails to add is missed by the blocks of its rank. Without (g), every thread would poll: right,
-// but slow.
-__device__ void Worker::wait_for_x(const long long* x_now, unsigned whole) const {
+// If all threads read x again and again until it is complete, they slow down the additions that they wait
+// for: 1202 -> 1257 us. So thread 0 alone polls, and only one pair of words. It takes the last pair of its
+// rank's columns, which clusters add last. These columns get their additions from blocks of the same rank, so
+// each block that fails to add is missed by the blocks of its rank. Without (g), every thread would poll:
+// right, but slow.
+__device__ void Worker::wait_for_x(const long long* x_now, unsigned wanted) const {
   if (tid == 0) {
     const long long start = clock64();
-    for (unsigned lack; (lack = lacking(load_relaxed(x_now + (s.plan.rank + 1) * OWN - 2), whole));)  // (4)
+    for (unsigned lack; (lack = lacking(load_relaxed(x_now + (s.plan.rank + 1) * OWN - 2), wanted));)  // (4)
       if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_X, s.layer, lack);
   }
   workers_sync();  // (g)
 }
 
-// That pair is whole, so the others probably are, too. Every thread checks the pairs that it reads, and reads
-// again while any is not whole.
-__device__ void Worker::read_residual(const long long* x_now, unsigned whole, Columns& x) {
+// That pair is complete, so the others probably are, too. Every thread checks the pairs that it reads, and
+// reads them again until all are complete.
+__device__ void Worker::read_residual(const long long* x_now, unsigned wanted, Columns& x) {
   longlong2 words[PAIRS];
   for (unsigned lack = 1; lack;) {
     lack = 0;
     for (int i = 0; i < PAIRS; i++)  // starts all loads before it uses the first: one trip to L2 instead of 4
       if (tid + i * WORKERS < C / 2) words[i] = load_relaxed(x_now + 2 * (tid + i * WORKERS));
     for (int i = 0; i < PAIRS; i++)
-      if (tid + i * WORKERS < C / 2) lack |= lacking(words[i], whole);  // (4)
+      if (tid + i * WORKERS < C / 2) lack |= lacking(words[i], wanted);  // (4)
   }
 
   // Keep the words that this thread carries. Put all values into shared memory, and take this thread's
@@ -1240,8 +1242,8 @@ __device__ void Worker::read_embedding(int token, Columns& x) const {
 }
 
 // 9. The LM head, and the next token ======================================================================
-// The LM head is one more matrix, V rows of C, and every block multiplies its share of them. Then the whole
-// grid has to agree on one token before the next one can begin.
+// The LM head is one more matrix, V rows of C, and every block multiplies its share of them. Then all blocks
+// have to agree on one token before the next one can begin.
 
 __device__ void arrive_release(unsigned* counter);               // adds 1 to a counter in global memory
 __device__ unsigned load_acquire(const unsigned* counter);
@@ -1474,7 +1476,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 //  a layer                                                                  1198   34.0  36.0
 //
 // Where are the 1.9 us that a layer takes longer than its bytes? They are lost around (4). Its 3.7 us are:
-// 1.0 until the last block has added, 1.8 more until the first block sees a whole x, 0.8 more until this
+// 1.0 until the last block has added, 1.8 more until the first block sees a complete x, 0.8 more until this
 // block does. From the last unit of a layer to the end of the next S2 it is 19.5 us, and the bytes of S2 need
 // 17.5. The ring is the reason: in the first 6.1 us of this time no slot becomes free, and the ring holds
 // only 5.8 us of copies.
@@ -1499,10 +1501,10 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 //     integer with a count of 1 of it, and adds that to word 0 of x_next, in L2.
 //  8. Thread 0 of block 131 is the carrier of column 0. At some time before or after, it adds x[0] + biases -
 //     old to the same word.
-//  9. After 66 clusters and the carrier, word 0 is whole. In every block, thread 0 sees by another word that
-//     x is probably whole, (4), and lets the block go, (g). It then reads word 0, checks its count, and puts
-//     the value into s.x[0]. After (a), thread 0 of each block takes x[0..7] from there. So h_382 has reached
-//     all 132 blocks.
+//  9. After 66 clusters and the carrier, word 0 is complete. In every block, thread 0 sees by another word
+//     that x is probably complete, (4), and lets the block go, (g). It then reads word 0, checks its count,
+//     and puts the value into s.x[0]. After (a), thread 0 of each block takes x[0..7] from there. So h_382
+//     has reached all 132 blocks.
 
 // 12. Why it is safe ======================================================================================
 // Inboxes. A block must not push into an inbox before the receiver has read what was there. The rule: before
@@ -1555,7 +1557,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 // Small models: teams. A row of pythia-70m has 512 columns, so 64 threads hold it. A block has THREADS = 256
 // of them or more, 4 *teams* of 64. Each team takes other rows: row r of a tile belongs to team r mod 4, and
 // a tile has 8 rows for each team, 32. Every team has a y of its own. All teams push their y to the owner of
-// the columns, which adds K * TEAMS parts, in the order of ranks and teams. Every team has the whole x, and a
+// the columns, which adds K * TEAMS of them, in the order of ranks and teams. Every team has all of x, and a
 // (b) and (c) of its own, by a named barrier with its own number.
 //   The inbox (2) and teams: a team without output rows reads slice_o but uses none of it. A team that has
 // output rows also has rows of q, k, v, and so it sends something after reading.
@@ -1590,17 +1592,17 @@ static_assert(SLOTS >= 2 * HALF_TILES, "two tiles: one being read, one on its wa
 // 14. Arithmetic of words =================================================================================
 // Resolution. The value is a multiple of 2^-22 = 2.4e-7. Above 2, this is no coarser than fp32.
 //
-// NaN. A part that does not fit, of 65536 and more, infinite or NaN, adds FIXED_NAN = 2^47 to the value
-// instead of its own. from_word returns NaN from FIXED_EDGE = 2^46 on, in both directions. Can other parts
-// hide a FIXED_NAN? There are at most 254 others, each below 65536 * 2^22 = 2^38, together below 2^46: no.
-// And several of them? The value has 55 bits, so 256 times 2^47 would wrap around to 0. But there are at most
-// 255 additions, and 255 * 2^47 wraps around to -2^47. So MOST_CLUSTERS is 254, and a carrier. The sum of all
-// parts may exceed 65536 and is still read correctly, up to 2^24. The next layer's carrier then adds it as
-// one part, which does not fit, and x becomes NaN.
+// NaN. An addition that does not fit, of 65536 and more, infinite or NaN, adds FIXED_NAN = 2^47 to the value.
+// from_word returns NaN from FIXED_EDGE = 2^46 on, in both directions. Can other additions hide a FIXED_NAN?
+// There are at most 254 others, each below 65536 * 2^22 = 2^38, together below 2^46: no. Can several
+// FIXED_NAN hide each other? The value has 55 bits, so 256 times 2^47 would wrap around to 0. But there are
+// at most 255 additions, those of 254 clusters (MOST_CLUSTERS) and the carrier's, and 255 * 2^47 wraps around
+// to -2^47. Their sum may exceed 65536 and is still read correctly, up to 2^24. The next carrier then adds it
+// as one addition, which does not fit, and x becomes NaN.
 //
 // Old counts. Before its carrier has come, a word has its old total and the additions of some clusters, at
-// most 254 of them. The count that would make it whole is 256 away from the old total. So it never looks
-// whole, and this is the other reason for 254. After the carrier, the count is the true one.
+// most 254 of them. The count that would make it complete is 256 away from the old total. So it never looks
+// complete, which is the other reason for 254. After the carrier, the count is the true one.
 
 // 15. Pace ================================================================================================
 // Memory does not serve all processors alike. Some blocks get their rows early, and then wait at (4) for
