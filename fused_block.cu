@@ -920,7 +920,7 @@ __device__ void Worker::attend() {
   // This lane has dimensions d .. d + 7, of tokens group, group + 2, ... of its warp.
   const int d = lane % TOKEN_LANES * 8, group = lane / TOKEN_LANES;
   const bool has_d = d < HS;
-  float q[8], o[8] = {}, top = -1e30f, l = 0;
+  float q[8], o[8] = {}, top = -1e30f, l = 0;  // of no token yet
   for (int i = 0; i < 8; i++) q[i] = has_d ? s.q[d + i] : 0.f;
 
   // The last warp of the last rank starts with the new token.
@@ -1475,18 +1475,17 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 //  START       (4): being thread 0, polls columns 2558 and 2559 of x                      3.7  other blocks
 //  a layer                                                                  1198   34.0  36.0
 //
-// Where are the 1.9 us that a layer takes longer than its bytes? They are lost around (4). Its 3.7 us are:
-// 1.0 until the last block has added, 1.8 more until the first block sees a complete x, 0.8 more until this
-// block does. From the last unit of a layer to the end of the next S2 it is 19.5 us, and the bytes of S2 need
-// 17.5. The ring is the reason: in the first 6.1 us of this time no slot becomes free, and the ring holds
-// only 5.8 us of copies.
+// A layer takes 1.9 us longer than its bytes need. Where do they go? From the last unit of a layer to the end
+// of the next S2 it is 19.5 us, and the bytes of S2 need 17.5 of them. The first 6.1 us are S9, (4), S0 and
+// S1, which read no rows and free no slot, but the ring holds only 5.8 us of copies. The other steps lose
+// nothing. The 3.7 us at (4) are 1.0 until the last block has added, 1.8 more until the first block sees a
+// complete x, and 0.8 more until this block does.
 //
 // Follow one number: hidden unit 382 of block 11, in layer 0 of a launch's first token.
 //  1. Its up row lies in global memory: w_up + 382 * C, 5120 bytes.
-//  2. The producer of block 11 has copied 120 rows for S2, 30 half tiles, three rounds of the ring. So rows
-//     382..385 go to slot 0 again, in the fourth round. The producer waits until slot 0 is empty, (E),
-//              expects
-//     20480 bytes of rows and 32 of biases at full[0], and starts two copies: to ring[0] and to bias[0].
+//  2. The producer of block 11 has copied 120 rows for S2: 15 tiles, 30 half tiles, three rounds of the ring.
+//     So rows 382..385 go to slot 0. The producer waits until slot 0 is empty, (E), announces 20480 bytes of
+//     rows and 32 of biases at full[0], and starts two copies: to ring[0] and to bias[0].
 //  3. When all bytes have landed, (F) lets the workers go. Thread 0 reads columns 0..7 of row 382 from
 //     ring[0], multiplies them with its xn2[0..7], and adds them up in dots[0]. Threads 1 to 319 do the same
 //     with their columns. Each warp arrives at empty[0]: (E).
@@ -1497,10 +1496,8 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 //     its warp by a shuffle, and thread 0 adds h_382 times columns 0..7 of the row to its y[0..7].
 //  6. y stays in registers until the block has done its other 34 units and 40 output rows. Then thread 0
 //     pushes y[0..7] into the inbox of rank 0, block 10: sums[1][0..7].
-//  7. Block 10 waits until all pushes have landed, (3). Its thread 0 adds sums[0][0] and sums[1][0], makes an
-//     integer with a count of 1 of it, and adds that to word 0 of x_next, in L2.
-//  8. Thread 0 of block 131 is the carrier of column 0. At some time before or after, it adds x[0] + biases -
-//     old to the same word.
+//  7. Block 10 waits until all pushes have landed, (3). Its thread 0 adds up sums[0][0] and sums[1][0], makes an integer of the sum, and adds it to word 0 of x_next, in L2, together with a count of 1.
+//  8. Thread 0 of block 131 is the carrier of column 0. Sooner or later, it adds x[0] + biases - old to the same word.
 //  9. After 66 clusters and the carrier, word 0 is complete. In every block, thread 0 sees by another word
 //     that x is probably complete, (4), and lets the block go, (g). It then reads word 0, checks its count,
 //     and puts the value into s.x[0]. After (a), thread 0 of each block takes x[0..7] from there. So h_382
