@@ -1496,8 +1496,10 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 //     its warp by a shuffle, and thread 0 adds h_382 times columns 0..7 of the row to its y[0..7].
 //  6. y stays in registers until the block has done its other 34 units and 40 output rows. Then thread 0
 //     pushes y[0..7] into the inbox of rank 0, block 10: sums[1][0..7].
-//  7. Block 10 waits until all pushes have landed, (3). Its thread 0 adds up sums[0][0] and sums[1][0], makes an integer of the sum, and adds it to word 0 of x_next, in L2, together with a count of 1.
-//  8. Thread 0 of block 131 is the carrier of column 0. Sooner or later, it adds x[0] + biases - old to the same word.
+//  7. Block 10 waits until all pushes have landed, (3). Its thread 0 adds up sums[0][0] and sums[1][0], makes
+//     an integer of the sum, and adds it to word 0 of x_next, in L2, together with a count of 1.
+//  8. Thread 0 of block 131 is the carrier of column 0. Sooner or later, it adds x[0] + biases - old to the
+//     same word.
 //  9. After 66 clusters and the carrier, word 0 is complete. In every block, thread 0 sees by another word
 //     that x is probably complete, (4), and lets the block go, (g). It then reads word 0, checks its count,
 //     and puts the value into s.x[0]. After (a), thread 0 of each block takes x[0..7] from there. So h_382
