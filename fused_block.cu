@@ -809,7 +809,7 @@ __device__ void Worker::units(const Columns& xn2, int& unit, int last) {
 // The answer is a *push*: a store into another block's shared memory, which a cluster allows. As it lands, it
 // counts its bytes on an mbarrier of the receiving block. The sender does not wait. The receiver waits on its
 // own mbarrier for the number of bytes that it expects. (To read from the other block would cost a round
-// trip. After a plain store, both blocks would have to meet at a barrier.)
+// trip. After a plain store, each block would have to wait for the other one at a barrier.)
 //
 //     sync  inbox                 what is pushed                     to which rank           without the sync
 //     (1)   qkv                   a rank's 120 rows of q, k, v       all                     stale q, k or v
@@ -1549,8 +1549,26 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 // taken in the order of threads, warps and ranks. What comes in any order is integers: words of x, and
 // `best`.
 //
-// If any one sync is left out, the result changes, or the launch does not end, with one exception: (g) after
-// (4) only saves time. `python test_block.py -k simulated_syncs` leaves out each of them and shows it.
+// All syncs, and what happens without them. `python test_block.py -k simulated_syncs` leaves out each of
+// them. Then the result changes, or the launch does not end, except for (g) after (4), which only saves time.
+//
+//     sync  who waits, and for what                                 without it
+//     (0)   a cluster's threads: all blocks have set up             a push into a block that has not begun
+//     (1)   a rank: q, k and v from all ranks                       attention with stale q, k or v
+//     (2)   a rank: top, l, o from all ranks                        a rank's tokens are forgotten
+//     (3)   a rank: y from all ranks                                x lacks what a peer adds
+//     (4)   all blocks: x is complete                               LayerNorm of an unfinished x
+//     (5)   all blocks: all logits are compared, k and v cached     a token chosen from some of the logits
+//     (F)   workers: a slot is full                                 arithmetic with bytes not here yet
+//     (E)   the producer: a slot is empty                           bytes overwritten while in use
+//     (a)   workers: all of x is in s.x                             columns of the layer before
+//     (b)   a team: warp_stats of all its warps                     a mean of stale values
+//     (c)   a team: warp_dots of all its warps                      stale dot products
+//     (d)   workers: q, k_new, v_new are there, qkv is read         attention with a half-rotated q
+//     (e)   push_slice: the results of all warps                    a merge with the head before
+//     (f)   thread 0: its block has written all that (5) is for     (5) counts a block that is not done
+//     (g)   workers: thread 0 has passed (4) or (5)                 at (5), they run ahead of it
+//     (h)   the producer: thread 0 has passed (5)                   copies of k and v not there yet
 
 // 13. Other shapes ========================================================================================
 // Small models: teams. A row of pythia-70m has 512 columns, so 64 threads hold it. A block has THREADS = 256
