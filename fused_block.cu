@@ -185,7 +185,7 @@ struct Worker {
       read_x(layer, token, x_now, steps, x);
       if (layer == last_layer && new_tokens == 0) break;  // a launch that makes no token ends here
 
-      // S1. Normalize x, once for both LayerNorms. Scale it for the heads.
+      // S1. Normalize x, once for both LayerNorms. Apply the first one's gain and bias, for the heads.
       normalize(x);
       affine(x, norms.w1, norms.b1, xn1);
 
@@ -199,7 +199,7 @@ struct Worker {
       // S9, first part. Add x itself and the biases to x_next: one thread of the grid for each column.
       carry(layer, token, x_next, steps);
 
-      // S1. Scale x for the hidden units.
+      // S1. Apply the second one's gain and bias, for the hidden units.
       affine(x, norms.w2, norms.b2, xn2);
 
       // Clear y. In it, this thread will collect what the block adds to its columns.
@@ -240,7 +240,7 @@ struct Worker {
       cluster_reduce(); mark(MARK_3, layer);
       add_to_residual(x_next);
 
-      // Start to load the scales of the next LayerNorms. They do not depend on x.
+      // Start to load the gains and biases of the next layer. They do not depend on x.
       norms = load_norms(layer + 1); mark(MARK_ADDED, layer);
 
       // Swap the buffers: x_next is the next layer's x, and the old x is what the next layer adds to.
@@ -598,17 +598,17 @@ __device__ void Worker::release() {
 }
 
 // Other waits for a peer or for the producer have a limit, PATIENCE. When it has passed, something is wrong,
-// and the launch ends with a message instead of hanging (chapter 16). (F) has none, because it is too
+// and the launch ends with an error instead of hanging (chapter 16). (F) has none, because it is too
 // frequent to look at a clock each time: 1254 -> 1249 us.
 constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
 enum SyncId {  // in Failure::sync
   SYNC_QKV = 1, SYNC_SLICE, SYNC_SUMS, SYNC_X, SYNC_GRID, SYNC_FULL, SYNC_EMPTY, SYNC_TOKEN
 };
 __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t parity, SyncId sync);
-__device__ void give_up(Failure* failure, int sync, int layer, int seen);  // writes the message, and ends it
+__device__ void give_up(Failure* failure, int sync, int layer, int seen);  // reports, and ends the launch
 
 constexpr int KV_TOKENS = SLOT_BYTES / (4 * HS);  // cached tokens in a slot: half k, half v [64]
-constexpr int CLOCK_NS = 32;                 // the clock of all blocks, global_ns, advances in steps of 32 ns
+constexpr int CLOCK_NS = 32;                 // how often the clock of all blocks, global_ns, advances
 __device__ unsigned long long global_ns();
 __device__ uint64_t read_once_policy();      // how L2 should treat the copied bytes: chapter 17
 __device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint64_t policy);
@@ -619,7 +619,7 @@ __device__ void order_copies();              // later copies see all that this t
 //
 // What if the two disagree? If the order differs, workers multiply wrong rows, and the results are wrong.
 // Nothing in the kernel notices, but the tests do, which compare every stage with float64. If the number of
-// tiles differs, one side waits for a slot in vain. After some seconds the launch then ends with a message
+// tiles differs, one side waits for a slot in vain. After some seconds the launch then ends with an error
 // about (F) or (E).
 struct Producer {  // one thread of each block
   const Model& m;
@@ -1093,8 +1093,7 @@ __device__ void add_relaxed(long long* p, long long v);    // the thread does no
 // Is x below 65536 in real checkpoints? In PyTorch's fp16 arithmetic x overflows at 65504, so a checkpoint
 // that works in fp16 stays below both. How close real ones come was not measured. Beyond the limit, nothing
 // goes wrong silently: x becomes NaN, and so do the logits; the token is -1, and the host ends the text with
-// a message. (A sum over one cluster, which fp16 arithmetic never forms, has the same limit and the same
-// end.)
+// an error. (A sum over one cluster, which fp16 arithmetic never forms, has the same limit and the same end.)
 constexpr float FIXED_ONE = 1 << 22, FIXED_LIMIT = 1 << 16;
 constexpr long long FIXED_NAN = 1ll << 47, FIXED_EDGE = 1ll << 46;
 constexpr int COUNT_BITS = 9, LAP = 256, MOST_CLUSTERS = 254;  // why 254: chapter 14
@@ -1456,9 +1455,9 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 }
 
 // 11. A layer in time =====================================================================================
-// What thread 0 of rank 1 of cluster 5, block 11, does in one layer. A step ends at the mark in the first
+// What thread 0 of rank 1 of cluster 5, block 11, does in one layer. Each line ends at the mark in the first
 // column (chapter 18). "KB" is what the block reads, "share" the us that these bytes need at 35.2 KB a us,
-// and "took" the us that the step took, as a mean over the layers of the record in results/. All are rounded.
+// and "took" the us that it took, as a mean over the layers of the record in results/. All are rounded.
 //
 //  mark        thread 0 of block 11; the other threads of its block           KB  share  took  waits for
 //  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                 1.5  L2, (a)
@@ -1629,7 +1628,7 @@ static_assert(SLOTS >= 2 * HALF_TILES, "two tiles: one being read, one on its wa
 // 1218 -> 1202 us, and 444 -> 409 us for pythia-1b.
 //
 // A producer that falls behind does not catch up, because memory would not share that equally, either: with
-// up to 0.3 us of catching up, 1264 -> 1267 us. But the clock advances in steps of 32 ns, so a producer may
+// up to 0.3 us of catching up, 1264 -> 1267 us. But the clock advances only every 32 ns, so a producer may
 // see its time that much too late. This does not count as falling behind: hence CLOCK_NS in claim. The GPU's
 // other clock counts cycles, which get longer when the GPU is short of power: 1273 -> 1306 us.
 
@@ -1639,7 +1638,7 @@ static_assert(SLOTS >= 2 * HALF_TILES, "two tiles: one being read, one on its wa
 // producer one of 6 s. The first thread that reaches its limit writes a report to host memory: the number of
 // the sync, its block, the layer, and what it saw. That is the number of missing additions at (4), that of
 // missing blocks at (5), and the parity elsewhere. Then it executes a trap, which ends the launch and the
-// CUDA context, and the host turns the report into a message.
+// CUDA context, and the host turns the report into an error.
 //
 // The producer's limit is longer so that a worker, which is closer to the cause, reports first. At (F)
 // workers have no limit. If they hang there, the producer makes the report: it does not end before they are
