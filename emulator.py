@@ -155,7 +155,7 @@ class Worker:
         self.ring = producer(k, block, grid.blocks, grid.position, *grid.range)
         self.qkv = np.full(3 * k.HS, np.nan)                                # (1) inbox
         self.slice_o = np.full((k.K, k.OUT_ROWS), np.nan)                   # (2) inbox
-        self.slice_ml = np.full((k.K, 2), np.nan)                           # (2) inbox
+        self.slice_top_l = np.full((k.K, 2), np.nan)                        # (2) inbox
         self.sums = np.full((k.K * k.TEAMS, k.OWN), np.nan)                 # (3) inbox
 
     def peer(self, rank):
@@ -253,7 +253,7 @@ class Worker:
         self.qkv[:] = np.nan                                                # (d)
 
     def attend(self, layer, h):
-        """S5: WARPS * WARP_TOKENS groups of lanes, each with m, l, o of its own tokens, a slot's at once."""
+        """S5: WARPS * WARP_TOKENS groups of lanes, each with top, l, o of its own tokens, a slot's at once."""
         k, plan = self.k, self.plan
         warp, sub = np.indices((k.WARPS, k.WARP_TOKENS))
         m, l, o = np.full(warp.shape, -1e30), np.zeros(warp.shape), np.zeros((*warp.shape, k.HS))
@@ -276,18 +276,18 @@ class Worker:
         self.push_slice(*merge(*map(np.array, zip(*of_warps, strict=True))))  # (e)
 
     def push_slice(self, m, l, o):
-        """ClusterReduce, first half: o [HS] in slices to the ranks that own them, m and l to all."""
+        """ClusterReduce, first half: o [HS] in slices to the ranks that own them, top and l to all."""
         for r in range(self.k.K):
             self.peer(r).slice_o[self.plan.rank] = o[r * self.k.OUT_ROWS:(r + 1) * self.k.OUT_ROWS]
-            self.peer(r).slice_ml[self.plan.rank] = m, l
+            self.peer(r).slice_top_l[self.plan.rank] = m, l
 
     def out_rows(self):
         """S6, S7"""
-        _, l, o = merge(*self.slice_ml.T, self.slice_o)
+        _, l, o = merge(*self.slice_top_l.T, self.slice_o)
         for i in range(0, self.k.OUT_ROWS, self.k.TILE_ROWS):
             n = min(self.k.TILE_ROWS, self.k.OUT_ROWS - i)
             self.axpy_tile(o[i:i + n] / l, n)
-        self.slice_o[:], self.slice_ml[:] = np.nan, np.nan
+        self.slice_o[:], self.slice_top_l[:] = np.nan, np.nan
 
     def units(self, last):
         """S8: from the unit at which the block stopped before up to `last`."""
@@ -523,7 +523,7 @@ count as {k.ATTENTION_BYTES // 1024} KiB more, and K/V as {k.KV_WEIGHT / 2:g} ti
 
 exchanged in a layer, KB:
 (1) q, k, v     {gather / 1e3:9.1f}   between shared memories, 1/{k.K} of it within a block
-(2) m, l, o     {slices / 1e3:9.1f}   likewise
+(2) top, l, o   {slices / 1e3:9.1f}   likewise
 (3) y           {4 * blocks * k.TEAMS * k.C / 1e3:9.1f}   likewise
 sums of y       {8 * clusters * k.C / 1e3:9.1f}   added to x in L2 by {clusters} clusters
 (4) x           {8 * blocks * k.C / 1e3:9.1f}   read from L2 by {blocks} blocks""")

@@ -40,8 +40,8 @@
 //     L layers, and 2*V*C bytes of the LM head     5.333 GB / 4.65 TB/s = 1147   us a token: the floor
 // 4.65 TB/s is what this H200 delivers to a kernel that does nothing but read (another H200: 4.55). The
 // kernel below takes 1216 us for a token, 6 % above the floor. Arithmetic is cheap beside that: a kernel that
-// leaves out all sums across threads and GELU, which is wrong, is hardly faster, 1280 -> 1277 us. So one goal
-// explains nearly everything in this file: memory must never sit idle.
+// leaves out all sums across threads, and GELU, gives wrong results, but no faster: 1280 -> 1277 to 1281 us.
+// So one goal explains nearly everything in this file: memory must never sit idle.
 //
 // How to read. Chapters 1 and 2 lead to chapter 3, the layer loop, which is the algorithm. Chapters 4 to 9
 // each take a problem that the loop leaves open. Chapter 10 divides the work, and chapter 11 tells one layer
@@ -482,7 +482,8 @@ __device__ uint4 Worker::weights(int slot_row, int p) const {
 }
 
 // DOT TILE. Returns the dot product of `in` with one row of the next tile, plus its bias.
-//   math    row r . in + bias[r], for the n rows of the tile
+//   math    row r . in + bias[r], for the n rows of the tile; `in` is a vector, of which each thread has 8
+//           columns
 //   who     all workers multiply; afterwards, lane l of every warp has the result of row l % 8
 //   syncs   (F) (E) for each half of the tile, see chapter 5; (c) once
 // The tile arrives in two slots, a half tile in each. So the first slot can be filled again while this
