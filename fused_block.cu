@@ -324,8 +324,7 @@ struct Worker {
 // emulator.py repeats all this in Python, and a tap lets the tests compare the stage with float64.
 
 // ---- Where things lie: sizes -----------------------------------------------------------------------------
-// A *tile* is 8 rows that are multiplied together (chapter 4). It arrives in two *slots* of the ring (chapter
-// 5).
+// A *tile* is 8 rows that are multiplied together (chapter 4). It takes two *slots* of the ring (chapter 5).
 
 constexpr int WARPS = WORKERS / 32;             // warps of workers [10]
 constexpr int LANES = TEAM < 32 ? TEAM : 32;    // lanes of a warp that belong to the same team [32]
