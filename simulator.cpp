@@ -1,7 +1,7 @@
 // fused_block.cu on a CPU, for whoever has no GPU: python test_block.py -k simulated. The kernel's own source
 // is compiled as C++, with a fiber, a thread that only this program switches, for each of its threads. KERNEL
-// is what source_for_cpu in test_block.py leaves of it: not the host side, and not the functions of chapter 5
-// that are PTX; those are here, as what they do.
+// is what source_for_cpu in test_block.py leaves of it: not the host side, and not the functions of its
+// toolbox that are PTX; those are here, as what they do.
 //
 // The kernel may depend on no order but that of its syncs, so all else comes in a random one: warps take
 // turns in any order, and some dawdle; in some launches a cluster begins late; copies, pushes and additions
@@ -24,7 +24,7 @@
 #include <utility>
 #include <vector>
 
-// ---- CUDA's words ----------------------------------------------------------------------------------------
+// ---- What CUDA C++ has beside C++ -------------------------------------------------------------------------
 
 #define __device__
 #define __host__
@@ -168,7 +168,7 @@ void count(void* barrier, int bytes, int arrivals) {
 void barrier_init(uint64_t* b, int n) { *(Mbarrier*)b = {0, 0, (uint16_t)n, (uint16_t)n}; }
 void barrier_arrive(uint64_t* b) { count(b, 0, 1); }
 void barrier_expect(uint64_t* b, uint32_t bytes) { count(b, bytes, 1); }
-bool barrier_open(uint64_t* b, uint32_t parity, bool = false) {
+bool barrier_open(uint64_t* b, uint32_t parity, bool) {
   if (((Mbarrier*)b)->phase == parity) yield();
   return ((Mbarrier*)b)->phase == parity;
 }
