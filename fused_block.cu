@@ -1061,7 +1061,8 @@ __device__ void Worker::cluster_reduce() {
 // costs:
 //   - Floating-point sums are rounded at every step, so their last bits depend on the order of additions.
 //     Clusters finish in any order, and the same prompt could give another text in another run.
-//   - A counter says when all blocks have added. But a block may count itself only when its own additions have arrived. While memory is busy, waiting for that takes about 1 us.
+//   - A counter says when all blocks have added. But a block may count itself only when its own additions
+//     have arrived. While memory is busy, waiting for that takes about 1 us.
 //   - The buffer has to be zero before the next layer's additions, and all blocks have to wait for that.
 //
 // The answer to all three is a 64-bit *word* for each column of x. It holds a value and a count:
