@@ -586,8 +586,7 @@ __device__ void Worker::axpy_tile(float a, int n) {
 // the next layer; during (5), with those of the next token.
 //
 // What this gains. The ring holds 205 KB, 5.8 us of reading. Memory does not notice a wait that is shorter.
-// Rings with 1, 2, 3 slots less: 1252 -> 1262, 1274, 1286 us. Copies of 1 KB instead of 20 KB: 1271 -> 2380
-// us.
+// Rings with 1, 2, 3 slots less: 1252 -> 1262, 1274, 1286 us. Copies of 1 KB, not 20: 1271 -> 2380 us.
 //
 // Each slot needs two syncs: (F), it is full, so workers may read it; and (E), it is empty, so the producer
 // may fill it. Without (F), workers would multiply bytes that are not there yet; without (E), bytes of a
@@ -636,7 +635,7 @@ __device__ void give_up(Failure* failure, int sync, int layer, int seen);  // re
 constexpr int KV_TOKENS = SLOT_BYTES / (4 * HS);  // cached tokens in a slot: half k, half v [64]
 constexpr int CLOCK_NS = 32;                 // how often the clock of all blocks, global_ns, advances
 __device__ unsigned long long global_ns();
-__device__ uint64_t read_once_policy();      // how L2 should treat the copied bytes: chapter 17
+__device__ uint64_t read_once_policy();      // for the copied bytes: chapter 17
 __device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint64_t policy);
 __device__ void order_copies();              // later copies see all that this thread has seen
 
@@ -850,10 +849,10 @@ __device__ void Worker::units(const Columns& xn2, int& done, int end) {
 // An inbox has no signal that says it is free. It needs none. Before a peer overwrites an inbox, it has
 // waited for a later message from the inbox's block, and that block sends this message only after it has read
 // the inbox. For example, a peer pushes q, k and v again only in the next layer. By then it has passed (2),
-// for which it needed our attention results, and we pushed those after (d), when all our threads had read q,
-// k and v. Chapter 12 tells this again with times, and for the other inboxes.
+// for which it needed this block's attention results. And this block pushed those after (d), when all its
+// threads had read q, k and v. Chapter 12 tells this again with times, and for the other inboxes.
 
-// The address of `place` in the shared memory of another rank. A plain pointer always means our own.
+// The address of `place` in the shared memory of another rank. A plain pointer means the block's own memory.
 __device__ uint32_t peer(const void* place, int rank);
 __device__ void push(uint32_t to, float v, uint32_t barrier);
 __device__ void push4(uint32_t to, const float* v, uint32_t barrier);  // 16 bytes at once
@@ -1069,7 +1068,7 @@ __device__ void Worker::out_rows(int h) {
 //   who     every thread pushes its 8 columns to the rank that owns them
 //   bytes   4 * C, 10 KB to the shared memories of the cluster
 //   syncs   (3)
-// Why does the cluster add up first? Additions to one address queue up in L2, and so the fewer the better:
+// Why does the cluster add up first? Additions to one address queue up, so the fewer the better:
 // without this step, 1300 -> 1338 us. Pushes of 16 bytes instead of 4: 1221 -> 1202 us.
 __device__ void Worker::cluster_reduce() {
   if (tid == 0) barrier_expect(&s.sums_ready, sizeof(s.sums));  // (3)
@@ -1089,7 +1088,7 @@ __device__ void Worker::cluster_reduce() {
 //   - Floating-point sums are rounded at every step, so their last bits depend on the order of additions.
 //     Clusters finish in any order, and the same prompt could give another text in another run.
 //   - A counter says when all blocks have added. But a block may count itself only when its own additions
-//     have arrived in L2. While memory is busy, waiting for that takes about 1 us.
+//     have arrived. While memory is busy, waiting for that takes about 1 us.
 //   - The buffer has to be zero before the next layer's additions, and all blocks have to wait for that.
 //
 // The answer to all three is a 64-bit *word* for each column of x. It holds a value and a count:
@@ -1745,9 +1744,9 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 //     37.5          Rank 0 begins S2 of layer 1, and pushes into rank 1's qkv again. This is safe.
 //     55.3          Rank 1 passes (1) with parity 1. This phase could not complete before rank 1 saw the
 //                   first one, because rank 0's pushes of layer 1 came after rank 1's of 21.0.
-// The other two inboxes live in the same way. A peer overwrites (2) after it has received our next rows or
-// our y, both of which we push after S6. A peer overwrites (3) after (4), and (4) needs our additions, which
-// each thread makes after it has read its columns of `sums`.
+// The other two inboxes live in the same way. A peer overwrites (2) after it has received the block's next
+// rows or its y, both of which the block pushes after S6. A peer overwrites (3) after (4), and (4) needs the
+// block's additions, which each thread makes after it has read its columns of `sums`.
 //
 // Buffers of x. A block adds to a buffer only after it has passed a (4). This (4) needed additions from every
 // block, and each block made them from the x that it had read before, in the very buffer.
