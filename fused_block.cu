@@ -1303,7 +1303,7 @@ __device__ void Worker::read_embedding(int token, Columns& x) const {
 __device__ void arrive_release(unsigned* counter);               // adds 1 to a counter in global memory
 __device__ unsigned load_acquire(const unsigned* counter);
 __device__ float load_relaxed(const float* p);
-__device__ float uniform(unsigned long long seed, uint32_t position, uint32_t token);  // chapter 14: Philox
+__device__ float log_exponential(unsigned long long seed, uint32_t position, uint32_t token);  // log(E)
 
 // The rank of a token, 64 bits: a token with a larger logit has a larger one; of equal logits, the smaller
 // token. So a maximum of ranks is an argmax. The upper half is made of the logit's bits. They order like an
@@ -1359,8 +1359,7 @@ __device__ void Worker::lm_head(const Columns& in, int position) {
 #pragma unroll
       for (int k = 0; k < KEPT; k++)
         if (kept_token(k) < V)
-          noise[k] = -s.settings.temperature *
-                     logf(-log1pf(-uniform(s.settings.seed, position, kept_token(k))));
+          noise[k] = -s.settings.temperature * log_exponential(s.settings.seed, position, kept_token(k));
   }
 #pragma unroll
   for (int k = 0; k < KEPT; k++)
@@ -1467,36 +1466,36 @@ __device__ ulonglong2 Worker::tally(float largest, unsigned long long candidate,
 // The token: the argmax of the keys over all tokens that top-k and top-p keep. It is -1 if the largest logit
 // is not finite.
 __device__ int Worker::choose() {
-  vote(0);
-  const unsigned long long first = s.agreed.x;  // the first rank
-  const float largest = logit_of(first);
-  if (!(fabsf(largest) <= 3.4028235e38f)) return -1;
   const unsigned top_k = s.settings.top_k;
   const double top_p = s.settings.top_p;
   const bool cut_k = top_k < V, cut_p = top_p < 1;
-  if (s.settings.temperature == 0 || !(cut_k || cut_p)) return token_of(s.agreed.y);
-
-  // With both, bisect for a rank that top_k tokens are ranked before: their probability is what top_p is of.
-  int token = token_of(s.agreed.y);
-  unsigned long long candidate = rank_of(s.candidate, token), mass = 0;
-  if (cut_k && cut_p) {
-    unsigned long long low = 0, high = first;  // before low are more than top_k tokens, before high none
-    ulonglong2 found;
-    do {
-      const unsigned long long middle = low + (high - low) / 2;
-      found = tally(largest, middle, true);
-      (found.y > top_k ? low : high) = middle;
-    } while (found.y != top_k);
-    mass = found.x;
-  }
-
-  // Test candidates until one is kept.
+  bool bisect = cut_k && cut_p;
+  unsigned long long candidate = 0, low = 0, high = 0, mass = 0;
+  float largest = 0;
   while (true) {
-    const ulonglong2 found = tally(largest, candidate, cut_k);
-    if ((!cut_k || found.y < top_k) && (!cut_p || found.x < top_p * (cut_k ? mass : found.y))) return token;
+    // Find a candidate, at first among all tokens.
     vote(candidate);
-    token = token_of(s.agreed.y);
+    const int token = token_of(s.agreed.y);
+    if (candidate == 0) {
+      high = s.agreed.x, largest = logit_of(high);
+      if (!(fabsf(largest) <= 3.4028235e38f)) return -1;
+      if (s.settings.temperature == 0 || !(cut_k || cut_p)) return token;
+    }
     candidate = rank_of(s.candidate, token);
+
+    // With both, bisect first for a rank that top_k tokens are ranked before. Their probability is what top_p is
+    // of. More than top_k tokens are ranked before low, none before high.
+    ulonglong2 found;
+    while (true) {
+      const unsigned long long middle = low + (high - low) / 2;
+      found = tally(largest, bisect ? middle : candidate, cut_k);
+      if (!bisect) break;
+      if (found.y == top_k) mass = found.x, bisect = false;
+      else (found.y > top_k ? low : high) = middle;
+    }
+
+    // Test the candidate.
+    if ((!cut_k || found.y < top_k) && (!cut_p || found.x < top_p * (cut_k ? mass : found.y))) return token;
   }
 }
 
@@ -1550,7 +1549,7 @@ __device__ Share deal(int first, int n, int index, int blocks) {
   return {end - begin, dealt, first + index * TILE_ROWS, blocks, first + begin + dealt * (blocks - index)};
 }
 
-__device__ Plan make_plan(int block, int blocks, int position) {
+__device__ __noinline__ Plan make_plan(int block, int blocks, int position) {
   Plan p;
   p.rank = block % K; p.cluster = block / K; p.clusters = blocks / K;
   const int heads = NH / p.clusters, busy = NH % p.clusters * K;  // the first `busy` blocks have one more
@@ -1845,9 +1844,9 @@ static_assert(SLOTS >= 2 * HALF_TILES, "two tiles: one being read, one on its wa
 // four words of 32 bits: ten times two products of 32 bits each, whose upper halves are mixed with the
 // rest. Four tokens share a count. The result is above 0 and up to 1. -log1p(-u) then is E. Written as
 // -log(1 - u), it would lose the digits of a small u, and the tokens with a small E are those that win.
-__device__ float uniform(unsigned long long seed, uint32_t position, uint32_t token) {
+__device__ __noinline__ float log_exponential(unsigned long long seed, uint32_t position, uint32_t token) {
   uint32_t count[4] = {token / 4, position, 0, 0}, key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < 10; i++) {
     const unsigned long long a = 0xD2511F53ull * count[0], b = 0xCD9E8D57ull * count[2];
     count[0] = (uint32_t)(b >> 32) ^ count[1] ^ key[0], count[1] = (uint32_t)b;
@@ -1855,7 +1854,7 @@ __device__ float uniform(unsigned long long seed, uint32_t position, uint32_t to
     key[0] += 0x9E3779B9, key[1] += 0xBB67AE85;
   }
   const uint32_t word = token & 2 ? (token & 1 ? count[3] : count[2]) : (token & 1 ? count[1] : count[0]);
-  return fmaf(__uint2float_rn(word), 0x1p-32f, 0x1p-33f);
+  return logf(-log1pf(-fmaf(__uint2float_rn(word), 0x1p-32f, 0x1p-33f)));
 }
 
 // 15. Pace ================================================================================================
