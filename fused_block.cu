@@ -1482,8 +1482,8 @@ __device__ int Worker::choose() {
     }
     candidate = rank_of(s.candidate, token);
 
-    // With both, bisect first for a rank that top_k tokens are ranked before. Their probability is what top_p is
-    // of. More than top_k tokens are ranked before low, none before high.
+    // With both, bisect first for a rank that top_k tokens are ranked before. Their probability is what top_p
+    // is of. More than top_k tokens are ranked before low, none before high.
     ulonglong2 found;
     while (true) {
       const unsigned long long middle = low + (high - low) / 2;
