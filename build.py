@@ -228,7 +228,7 @@ class Fused:
         """
         c, device = model.config, model.embed_in.device
         cache = model.new_cache() if cache is None else cache
-        self.config, self.device, self.cache = c, device, cache
+        self.model, self.config, self.device, self.cache = model, c, device, cache
         self.text, self.next_layer, self.lock = 0, 0, threading.Lock()
         C, F, V, half = c.hidden, c.mlp, c.vocab, torch.float16
 
@@ -260,7 +260,7 @@ class Fused:
             if not tensor.is_contiguous() or tensor.data_ptr() % 16:
                 raise Refused(f"{name} is not contiguous, or not at a multiple of 16 bytes: load the model anew")
         *weights, cache = [tensor.detach() for _, tensor, _, _ in read]
-        # all that a launch reads or writes; keeps the memory, whatever becomes of the model
+        # all that a launch reads or writes; keeps the memory, whatever becomes of the model's attributes
         self.tensors = [*weights[:-1], *weights[-1], cache, self.residual, self.logits, self.history,
                         self.state, self.settings, self.failure, self.taps, self.timeline]
         self.pointers = (ctypes.c_void_p * len(self.tensors))(*(t.data_ptr() for t in self.tensors))

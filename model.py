@@ -224,9 +224,12 @@ class Pythia(nn.Module):
                           f"0 to {c.vocab - 1}: use the tokenizer that belongs to the model")
         if max_new_tokens < 0:
             raise Refused(f"{max_new_tokens} new tokens cannot be made: ask for 0 or more")
+        decoder = fused or Reference(self)
+        if decoder.model is not self:
+            raise Refused("this decoder belongs to another model: take Fused(model) of the one that generates")
         sampler = Sampler(temperature, top_k, top_p, secrets.randbits(64) if seed is None else seed)
         steps = min(max_new_tokens, c.context - len(tokens) + 1)
-        return self.stream(tokens.to(self.embed_in.device), steps, sampler, fused or Reference(self))
+        return self.stream(tokens.to(self.embed_in.device), steps, sampler, decoder)
 
     @torch.inference_mode()
     def stream(self, tokens, steps, sampler, decoder):

@@ -1,12 +1,17 @@
-"""Draws the figures of README.md and docs/: python assets/draw.py. bench.py draws the plots bench-*.svg.
+"""Draws the figures of README.md and docs/: python assets/draw.py. plot.py draws the plots bench-*.svg.
 
 A figure brings its own background, and colours for a light and for a dark screen. An image cannot see the
 page around it, so with its own background it is legible on any page, whichever of the two the browser picks.
 """
+import sys
 from html import escape
 from pathlib import Path
 
 import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from model import Sampler
 
 STYLE = """
 .card { fill: #fff; stroke: #d0d7de }
@@ -275,15 +280,14 @@ def sums():
          "Sums of integers do not depend on their order, and the carrier replaces the old x")
 
 
-def drawing(seed=43):
+def drawing(seed=32):
     """With top-p 0.8, the largest key of all is refused, and the next among likelier tokens is kept."""
     tokens, top_p = ("sea", "house", "garden", "ship", "moon"), 0.8
     logits = np.array([4.0, 3.2, 2.6, 1.4, 0.5])
     mass = np.exp(logits - logits[0])
     share = mass / mass.sum()
     before = np.cumsum(share) - share  # what likelier tokens hold
-    u = np.random.Philox(key=[seed, 0], counter=[0, 7, 0, 0]).random_raw(5) * 2.0**-64
-    keys = logits - np.log(-np.log1p(-u))
+    keys = logits + Sampler(1.0, seed=seed).noise(torch.arange(5), position=7).numpy()
     first = keys.argmax()
     second = keys[:first].argmax()
     assert before[first] >= top_p > before[second], "this seed does not show a refusal"
@@ -307,8 +311,8 @@ def drawing(seed=43):
     y = 64 + 30 * len(tokens) + 22
     text(20, y, f"1. All blocks agree on the largest key: “{tokens[first]}”. The likelier tokens hold "
                 f"{before[first]:.0%}, so top-p refuses it.")
-    text(20, y + 20, f"2. The same vote has found the largest key among the likelier tokens: "
-                     f"“{tokens[second]}”. The tokens before it hold {before[second]:.0%}: kept.")
+    text(20, y + 20, f"2. They vote again, among the likelier tokens: “{tokens[second]}”. "
+                     f"The tokens before it hold {before[second]:.0%}, so it is kept.")
     text(20, y + 42, "The noise is a function of seed, position and token. A refusal draws no new noise.",
          "small soft")
     save("drawing", 900, y + 58,
