@@ -45,8 +45,8 @@ def fetch(name, revision=None, weights=True):
     has to be enough. Raises Refused.
     """
     if os.path.isfile(name):
-        raise Refused(f"{name} is a file: give the folder of config.json and the weights, or instead of a .gguf "
-                      "the model that it was made from")
+        raise Refused(f"{name} is a file: give the folder of config.json and the weights (of a .gguf, those of "
+                      "the model that it was made from)")
     if os.path.isdir(name):
         if revision is not None:
             raise Refused(f"{name} is a folder, which has no revision {revision!r}: leave it out")
@@ -72,7 +72,7 @@ def fetch(name, revision=None, weights=True):
             fault = ("is neither a folder nor a model on the Hub: give a folder, or a name such as "
                      "EleutherAI/pythia-70m")
         else:
-            fault = (f"is no folder, its revision {revision or 'main'!r} is not downloaded, and cannot be now "
+            fault = (f"is no folder, its revision {revision or 'main'!r} is not downloaded, and cannot be "
                      f"({first_line(error)}): check the network, and the disk of HF_HOME")
         raise Refused(f"{name} {fault}") from error
 
@@ -91,7 +91,7 @@ def read_config(folder):
     # transformers reads all spellings of these, and acts on nothing else here, such as sizes of tables
     spellings = ("rope_parameters", "rope_scaling", "rotary_pct", "rotary_emb_base")
     default = GPTNeoXConfig(**{key: given[key] for key in spellings if key in given})
-    rope = default.rope_parameters
+    rope = dict(default.rope_parameters)
     fields = default.to_dict() | {"model_type": None, "is_causal": True} | given
     fields["rope_type"] = rope["rope_type"]
 
@@ -99,7 +99,7 @@ def read_config(folder):
         raise Refused(f"config.json says {says}, but this model runs only {runs}: take a Pythia checkpoint")
 
     def number(field, least, most, value=None, kind=int):
-        value = fields[field] if value is None else value
+        value = fields.get(field) if value is None else value
         if type(value) not in (int, kind) or not least <= value <= most:
             refuse(f"{field} = {value!r:.80}", f"{least} to {most} ({kind.__name__})")
         return value

@@ -156,13 +156,12 @@ def stream(tokens, wanted, prompt, text, config, what):
 class Text:
     """The tokenizer of a checkpoint, and a text that grows token by token."""
 
-    def __init__(self, folder):
-        from checkpoint import loading
-        self.tokenizer = loading(read_tokenizer)(folder)
+    def __init__(self, name_or_folder, revision=None):
+        from checkpoint import fetch
+        self.tokenizer = read_tokenizer(fetch(name_or_folder, revision))
 
     def encode(self, prompt):
-        ids = self.tokenizer.encode(prompt)
-        self.ids = list(getattr(ids, "ids", ids))
+        self.ids = self.tokenizer.encode(prompt)
         self.start, self.shown = 0, len(self.ids)  # of the last piece; how many tokens are text already
         return self.ids[:]
 
@@ -184,19 +183,20 @@ class Text:
 
 
 def read_tokenizer(folder):
-    """The tokenizer in tokenizer.json, as it stands there, or what transformers makes of other files."""
-    from checkpoint import Refused
+    """encode and decode as tokenizer.json has them; without that file, what transformers makes of others."""
+    from checkpoint import Refused, loading
     if os.path.exists(path := os.path.join(folder, "tokenizer.json")):
         from tokenizers import Tokenizer
-        tokenizer = Tokenizer.from_file(path)
+        tokenizer = loading(Tokenizer.from_file)(path)
         tokenizer.no_truncation()  # which a file may have for batches
         tokenizer.no_padding()
-        return tokenizer
+        return SimpleNamespace(encode=lambda text: tokenizer.encode(text).ids, decode=tokenizer.decode)
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = loading(AutoTokenizer.from_pretrained)(folder)
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers made one up
         raise Refused(f"{folder} has no tokenizer: put its tokenizer.json beside its weights")
-    return tokenizer
+    return SimpleNamespace(encode=tokenizer.encode, decode=lambda ids, **kw: tokenizer.decode(
+        [token for token in ids if token < len(tokenizer)], **kw))  # a model may have more tokens
 
 
 def quiet(model):
@@ -216,7 +216,8 @@ if __name__ == "__main__":
     sys.path.insert(0, HERE)  # PYTHONSAFEPATH leaves it out
     sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if sys.stdout is None:
-        sys.exit("generate.py: standard output is closed: give it a file or a terminal")
+        print("generate.py: standard output is closed: give it a file or a terminal", file=sys.stderr)
+        sys.exit(2)
     sys.stdout.reconfigure(errors="replace")
     try:
         sys.exit(main())
