@@ -45,8 +45,8 @@ def fetch(name, revision=None, weights=True):
     has to be enough. Raises Refused.
     """
     if os.path.isfile(name):
-        raise Refused(f"{name} is a file: give the folder of config.json and the weights (of a .gguf, those of "
-                      "the model that it was made from)")
+        raise Refused(f"{name} is a file: give the folder of config.json and the weights, for a .gguf that of "
+                      "the model that it was made from")
     if os.path.isdir(name):
         if revision is not None:
             raise Refused(f"{name} is a folder, which has no revision {revision!r}: leave it out")
