@@ -39,33 +39,26 @@ def loading(read):
 
 
 def fetch(name, revision=None, weights=True):
-    """The folder that holds a checkpoint: `name`, or the Hub's cache, which gets the files that it lacks.
-
-    Without `weights` these are only the configs. The Hub is asked once: where it cannot be reached, the cache
-    has to be enough. Raises Refused.
-    """
+    """The folder of a checkpoint: `name`, or in the Hub's cache, where what is lacking is fetched: with
+    `weights` all that is read, else the configs. Without a network the cache has to do. Raises Refused."""
     if os.path.isfile(name):
-        raise Refused(f"{name} is a file: give the folder of config.json and the weights, for a .gguf that of "
-                      "the model that it was made from")
+        raise Refused(f"{name} is a file: give the folder that holds config.json and the weights (for a .gguf, "
+                      "those that it was made from)")
     if os.path.isdir(name):
         if revision is not None:
             raise Refused(f"{name} is a folder, which has no revision {revision!r}: leave it out")
         return name
     import huggingface_hub as hub  # slow to import, not always needed
+    snapshot = functools.partial(hub.snapshot_download, str(name), revision=revision, ignore_patterns="*/*")
     files = ["*.json", "*.txt", "*.model", "*.safetensors"] if weights else ["*config.json"]
     try:
-        for patterns in (files, ["pytorch_model*"]):
-            try:
-                folder = hub.snapshot_download(str(name), revision=revision, allow_patterns=patterns,
-                                               ignore_patterns="*/*")
-            except hub.errors.LocalEntryNotFoundError as error:
-                folder = getattr(error, "snapshot_path", None)  # of a folder that lacks files
-                if folder is None:
-                    raise
-            if not weights or any(Path(folder).glob("model.safetensors*")):
-                break
+        folder = snapshot(allow_patterns=files)
+        if weights and not any(Path(folder).glob("model.safetensors*")):
+            snapshot(allow_patterns="pytorch_model*")
         return folder
     except Exception as error:  # also a full disk, a proxy
+        if folder := getattr(error, "snapshot_path", None):  # no network, and a cache that lacks some files
+            return folder
         if isinstance(error, hub.errors.RevisionNotFoundError):
             fault = f"has no revision {revision!r}: leave it out, or take one such as step3000"
         elif isinstance(error, hub.errors.RepositoryNotFoundError | hub.errors.HFValidationError):
@@ -139,11 +132,10 @@ def read_config(folder):
 
 
 @loading
-def read_tensors(folder, least):
+def read_tensors(folder):
     """A checkpoint's tensors {name: w}, on the CPU: mapped from the disk, but for old forms of .bin.
 
-    Names are those of today's GPTNeoXForCausalLM. Raises Refused for tensors that are not floating-point, and
-    for files that hold fewer than `least` weights.
+    Names are those of today's GPTNeoXForCausalLM. Raises Refused for tensors that are not floating-point.
     """
     from transformers.modeling_utils import load_state_dict
     for file in ("model.safetensors", "model.safetensors.index.json",          # transformers' own order
@@ -172,10 +164,6 @@ def read_tensors(folder, least):
             weights["gpt_neox." * key.startswith(inner) + key] = w.detach().contiguous()
     if "embed_out.weight" in weights:                         # the older name, which transformers prefers
         weights["lm_head.weight"] = weights.pop("embed_out.weight")
-    stored = sum(w.numel() for w in weights.values())
-    if stored < least:
-        raise Refused(f"{folder} has files with {stored} weights, far fewer than its config.json asks for: "
-                      "fetch its files again")
     return weights
 
 

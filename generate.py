@@ -17,6 +17,7 @@ import signal
 if __name__ == "__main__":  # until there is text, Ctrl-C ends the process: an import can lose an exception
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+import math
 import sys
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
@@ -157,17 +158,30 @@ class Text:
     """The tokenizer of a checkpoint, and a text that grows token by token."""
 
     def __init__(self, name_or_folder, revision=None):
-        from checkpoint import fetch
-        self.tokenizer = read_tokenizer(fetch(name_or_folder, revision))
+        from checkpoint import Refused, fetch, loading
+        folder, self.vocab = fetch(name_or_folder, revision), math.inf
+        if os.path.exists(path := os.path.join(folder, "tokenizer.json")):
+            from tokenizers import Tokenizer
+            self.tokenizer = loading(Tokenizer.from_file)(path)
+            self.tokenizer.no_truncation()  # which a file may have for batches
+            self.tokenizer.no_padding()
+        else:
+            from transformers import AutoTokenizer
+            self.tokenizer = loading(AutoTokenizer.from_pretrained)(folder)
+            self.vocab = len(self.tokenizer)  # a model may have more tokens, at which some of these raise
+            if self.vocab <= len(self.tokenizer.all_special_ids):  # transformers made one up
+                raise Refused(f"{folder} has no tokenizer: put its tokenizer.json beside its weights")
 
     def encode(self, prompt):
-        self.ids = self.tokenizer.encode(prompt)
+        ids = self.tokenizer.encode(prompt)
+        self.ids = list(getattr(ids, "ids", ids))
         self.start, self.shown = 0, len(self.ids)  # of the last piece; how many tokens are text already
         return self.ids[:]
 
     def decode(self, token):
         """The text that `token` completes: nothing while a character is still lacking bytes."""
-        self.ids.append(token)
+        if token < self.vocab:
+            self.ids.append(token)
         piece = self.rest()
         if not piece or piece.endswith("\ufffd"):
             return ""
@@ -180,23 +194,6 @@ class Text:
         before, both = (self.tokenizer.decode(self.ids[self.start:end], skip_special_tokens=True)
                         for end in (self.shown, len(self.ids)))
         return both[len(before):]
-
-
-def read_tokenizer(folder):
-    """encode and decode as tokenizer.json has them; without that file, what transformers makes of others."""
-    from checkpoint import Refused, loading
-    if os.path.exists(path := os.path.join(folder, "tokenizer.json")):
-        from tokenizers import Tokenizer
-        tokenizer = loading(Tokenizer.from_file)(path)
-        tokenizer.no_truncation()  # which a file may have for batches
-        tokenizer.no_padding()
-        return SimpleNamespace(encode=lambda text: tokenizer.encode(text).ids, decode=tokenizer.decode)
-    from transformers import AutoTokenizer
-    tokenizer = loading(AutoTokenizer.from_pretrained)(folder)
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers made one up
-        raise Refused(f"{folder} has no tokenizer: put its tokenizer.json beside its weights")
-    return SimpleNamespace(encode=tokenizer.encode, decode=lambda ids, **kw: tokenizer.decode(
-        [token for token in ids if token < len(tokenizer)], **kw))  # a model may have more tokens
 
 
 def quiet(model):

@@ -256,7 +256,7 @@ class Pythia(nn.Module):
         check_device(dtype, device)
         folder = fetch(name_or_folder, revision)
         config = Config.from_pretrained(folder)
-        weights = read_tensors(folder, config.weights // 2)  # with fewer it is no such model
+        weights = read_tensors(folder)
 
         def refuse(fault):
             raise Refused(f"{folder} {fault}: fetch its files again, or take a Pythia checkpoint that is not "
