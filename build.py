@@ -57,9 +57,8 @@ def default_cluster(config, sms=132):
 
 def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, attention_kib=None, pace=None,
               sms=132, memory_rate=None, extra=None):
-    """The kernel's -D constants {name: int} for a Config, on a GPU of `sms` multiprocessors.
-
-    `memory_rate`: bytes a ns that its memory delivers, by clock and width of the bus (default: an H200's).
+    """The kernel's -D constants {name: int} for a Config, on a GPU of `sms` multiprocessors, whose memory
+    delivers `memory_rate` bytes a ns by its clock and the width of its bus (default: an H200's).
 
     `threads`, `rows`, `attention_kib` and `pace` are tuning, see THREADS, ROWS, ATTENTION_BYTES and PACE in
     fused_block.cu; `extra` adds constants of test builds: {"TAPS": 1}, {"TIMELINE": 1} or {"MUTANT": k}.

@@ -39,29 +39,38 @@ def loading(read):
 
 
 def fetch(name, revision=None, weights=True):
-    """The folder of a checkpoint: `name`, or in the Hub's cache, where what is lacking is fetched: with
-    `weights` all that is read, else the configs. Without a network the cache has to do. Raises Refused."""
+    """The folder of a checkpoint: `name`, or a folder of the Hub's cache, which gets the files that it lacks.
+
+    Without `weights` these are the configs alone. Without a network the cache has to do. Raises Refused.
+    """
     if os.path.isfile(name):
-        raise Refused(f"{name} is a file: give the folder that holds config.json and the weights (for a .gguf, "
-                      "those that it was made from)")
+        raise Refused(f"{name} is a file: give the folder of config.json and weights (of a .gguf, the model "
+                      "that it was made from)")
     if os.path.isdir(name):
         if revision is not None:
             raise Refused(f"{name} is a folder, which has no revision {revision!r}: leave it out")
         return name
-    import huggingface_hub as hub  # slow to import, not always needed
-    snapshot = functools.partial(hub.snapshot_download, str(name), revision=revision, ignore_patterns="*/*")
+    from huggingface_hub import HfApi, errors, snapshot_download
+    failure = None
+    try:
+        HfApi().model_info(str(name), revision=revision, timeout=10)  # what follows would wait without an end
+    except Exception as error:  # noqa: BLE001 (no network, or no such model: the cache may have it)
+        failure = error
+    snapshot = functools.partial(snapshot_download, str(name), revision=revision, ignore_patterns="*/*",
+                                 local_files_only=failure is not None)
     files = ["*.json", "*.txt", "*.model", "*.safetensors"] if weights else ["*config.json"]
     try:
         folder = snapshot(allow_patterns=files)
         if weights and not any(Path(folder).glob("model.safetensors*")):
             snapshot(allow_patterns="pytorch_model*")
         return folder
-    except Exception as error:  # also a full disk, a proxy
-        if folder := getattr(error, "snapshot_path", None):  # no network, and a cache that lacks some files
+    except Exception as error:
+        if folder := getattr(error, "snapshot_path", None):  # no network, and some files are lacking
             return folder
-        if isinstance(error, hub.errors.RevisionNotFoundError):
+        error = failure or error
+        if isinstance(error, errors.RevisionNotFoundError):
             fault = f"has no revision {revision!r}: leave it out, or take one such as step3000"
-        elif isinstance(error, hub.errors.RepositoryNotFoundError | hub.errors.HFValidationError):
+        elif isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
             fault = ("is neither a folder nor a model on the Hub: give a folder, or a name such as "
                      "EleutherAI/pythia-70m")
         else:

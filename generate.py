@@ -206,7 +206,7 @@ def quiet(model):
         logging.disable_progress_bar()
         hub.disable_progress_bars()
     elif not os.path.exists(model):
-        print(f"asking the Hub for {model}, but not if HF_HUB_OFFLINE=1", file=sys.stderr)
+        print(f"asking the Hub for {model} (not with HF_HUB_OFFLINE=1)", file=sys.stderr)
 
 
 if __name__ == "__main__":
