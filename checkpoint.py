@@ -22,11 +22,11 @@ class Refused(ValueError):
 
 
 def loading(read):
-    """A decorator: whatever `read(path, ...)` raises over the file or folder `path` becomes Refused."""
+    """A decorator: whatever `read(path)` raises over the file or folder `path` becomes Refused."""
     @functools.wraps(read)
-    def reading(path, *args):
+    def reading(path, **kw):
         try:
-            return read(path, *args)
+            return read(path, **kw)
         except Refused:
             raise
         except Exception as error:  # over a damaged file, readers raise nearly every type there is

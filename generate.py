@@ -167,7 +167,7 @@ class Text:
             self.tokenizer.no_padding()
         else:
             from transformers import AutoTokenizer
-            self.tokenizer = loading(AutoTokenizer.from_pretrained)(folder)
+            self.tokenizer = loading(AutoTokenizer.from_pretrained)(folder, trust_remote_code=False)
             self.vocab = len(self.tokenizer)  # a model may have more tokens, at which some of these raise
             if self.vocab <= len(self.tokenizer.all_special_ids):  # transformers made one up
                 raise Refused(f"{folder} has no tokenizer: put its tokenizer.json beside its weights")
@@ -197,7 +197,7 @@ class Text:
 
 
 def quiet(model):
-    """Keeps the libraries' remarks off standard error, and their progress bars where nobody watches them."""
+    """Keeps the libraries' remarks off standard error, and their progress bars off what is no terminal."""
     import huggingface_hub.utils as hub
     from transformers.utils import logging
     logging.set_verbosity_error()

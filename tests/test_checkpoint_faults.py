@@ -189,6 +189,11 @@ def test_other_tokenizers(tiny):
     ids = text.encode("naïve")
     again = "".join([text.decode(token) for token in [*ids, 2000]]) + text.rest()
     report("tokenizer", "without a fast backend: bytes unlike the text", again != "naïve")
+    (tiny / "evil.py").write_text(f"open({str(tiny / 'ran')!r}, 'w')\n")
+    edit(tiny / "tokenizer_config.json", lambda fields: (fields.clear(), fields.update(
+        tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", None]})))
+    report_refused("tokenizer that is code", ["cannot be read"], Text, tiny)
+    report("tokenizer", "that is code: executed", (tiny / "ran").exists())
 
 
 # --------------------------------------------------------------------------------------- names and fields
