@@ -4,14 +4,15 @@
     python build.py --compile-only --arch sm_90a            compile all ten shapes; needs nvcc, but no GPU
 
 The kernel's shape is a set of compile-time constants. Libraries are kept where torch keeps its extensions
-(TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions), one for each source, set of flags, and version of torch
-and CUDA.
+(TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions), one for each source, set of flags, version of nvcc, and
+kind of machine.
 """
 import ctypes
 import fcntl
 import functools
 import hashlib
 import os
+import platform
 import re
 import shutil
 import struct
@@ -22,20 +23,21 @@ import threading
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # PYTHONSAFEPATH leaves it out
+
 from checkpoint import Refused
 from model import SIZES, Config, Sampler
 
-SOURCE = Path(__file__).with_name("fused_block.cu")
+SOURCE = Path(__file__).resolve().with_name("fused_block.cu")
 GREEDY = Sampler()
 # the most that one thread block may have, by the CUDA programming guide
 SHARED_BYTES = {"sm_90a": 227 * 1024, "sm_100a": 227 * 1024, "sm_120a": 99 * 1024}
-# bytes a ns that memory delivers, by the datasheets of H200, B200 and RTX 5090
-MEMORY_RATE = {"sm_90a": 4800, "sm_100a": 8000, "sm_120a": 1792}
 
 
 def default_cluster(config, sms=132):
@@ -54,8 +56,9 @@ def default_cluster(config, sms=132):
 
 
 def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, attention_kib=None, pace=None,
-              sms=132, extra=None):
-    """The kernel's -D constants {name: int} for a Config, on a GPU of `sms` multiprocessors.
+              sms=132, memory_rate=None, extra=None):
+    """The kernel's -D constants {name: int} for a Config, on a GPU of `sms` multiprocessors, whose memory
+    delivers `memory_rate` bytes a ns by its clock and the width of its bus (default: an H200's).
 
     `threads`, `rows`, `attention_kib` and `pace` are tuning, see THREADS, ROWS, ATTENTION_BYTES and PACE in
     fused_block.cu; `extra` adds constants of test builds: {"TAPS": 1}, {"TIMELINE": 1} or {"MUTANT": k}.
@@ -83,7 +86,8 @@ def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, atte
     if attention_kib is None:
         attention_kib = 6 * cluster if c.hidden <= 1024 else 0
     if pace is None:  # small models wait for latency, not memory; the largest are a little faster this way
-        pace = MEMORY_RATE[arch] * (32 if c.hidden < 1024 else 16 if c.hidden < 4096 else 17) // 16
+        datasheet = int((memory_rate or 4917) * 125 / 128)  # the rate that is sold, 4801 of an H200
+        pace = datasheet * (32 if c.hidden < 1024 else 16 if c.hidden < 4096 else 17) // 16
     if pace < 1:
         raise Refused(f"pace {pace} would let no copy start: take 1 byte a ns or more")
     return {"HIDDEN": c.hidden, "HEADS": c.n_head, "HEAD_SIZE": c.head_size, "ROTARY": c.rotary_dims,
@@ -95,7 +99,7 @@ def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, atte
 def flags(defines, arch):
     """nvcc's arguments."""
     number = arch.removeprefix("sm_")
-    return ["-O3", "-std=c++17", f"-gencode=arch=compute_{number},code={arch}", "-Xptxas=-v",
+    return ["-O3", "-std=c++17", f"-gencode=arch=compute_{number},code={arch}",
             "-ftz=true", "-prec-div=false",  # fewer branches: subnormals are 0, a / b errs by 2 ulp
             *(f"-D{name}={value}" for name, value in defines.items())]
 
@@ -103,45 +107,48 @@ def flags(defines, arch):
 def compile_only(defines, arch, source=SOURCE):
     """Compiles without loading; returns ptxas's report (text). Needs nvcc, no GPU. Raises Refused."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc(), *flags(defines, arch), "-cubin", "-o", f"{folder}/kernel.cubin", source]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        return run_nvcc(defines, arch, source, "-Xptxas=-v", "-cubin", "-o", f"{folder}/kernel.cubin")
+
+
+def run_nvcc(defines, arch, source, *more):
+    """Compiles `source`; returns what nvcc says about it (text). Raises Refused."""
+    result = subprocess.run([nvcc(), *flags(defines, arch), *more, source], capture_output=True, text=True,
+                            errors="replace", check=False)
     if result.returncode:
-        raise Refused(f"nvcc does not compile {source.name} for {arch}: {first_error(result.stderr)}")
+        raise Refused(f"nvcc does not compile {source.name} for {arch} ({first_error(result.stderr)}): check "
+                      "that the CUDA toolkit is whole, that g++ is on PATH, and that there is room in the "
+                      "compile cache (TORCH_EXTENSIONS_DIR) and in TMPDIR")
     return result.stderr
 
 
 def load(defines, arch, source=SOURCE):
     """The compiled kernel as a ctypes library; compiles it the first time. Raises Refused."""
-    from torch.utils import cpp_extension  # slow to import, and needed only here
-    nvcc()  # refuses early
-    arguments = flags(defines, arch)
-    key = source.read_bytes() + repr((arguments, torch.__version__, torch.version.cuda)).encode()
+    key = repr((source.read_bytes(), flags(defines, arch), nvcc_version(nvcc()), platform.machine())).encode()
     name = f"fused_block_{defines['HIDDEN']}_{arch}_{hashlib.sha256(key).hexdigest()[:16]}"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions", name).expanduser()
+    library, new = folder / "kernel.so", folder / "new.so"
+
+    def build():
+        print(f"Compiling the kernel for {arch} (once, about 4 s)", file=sys.stderr)
+        run_nvcc(defines, arch, source, "-shared", "-Xcompiler=-fPIC", "-o", new)
+        new.replace(library)  # renamed when whole: a killed linker leaves half a file
     try:
-        folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+        folder.mkdir(parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
             raise Refused(f"{folder} belongs to another user, whose code this would run: set "
                           "TORCH_EXTENSIONS_DIR to a folder of your own")
         folder.chmod(0o700)
-        library = folder / "kernel.so"  # renamed when whole: a killed linker leaves half a file
         with open(folder / "building", "w") as file:
-            # The operating system drops this lock when its holder dies, so it is never stale. torch's own is
-            # a file that others wait for: here it can only be what a killed build has left behind.
-            fcntl.flock(file, fcntl.LOCK_EX)
-            (folder / "lock").unlink(missing_ok=True)
+            fcntl.flock(file, fcntl.LOCK_EX)  # the operating system drops it when its holder dies
             if not library.exists():
-                cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(name, None)  # or a retry would not build
-                print(f"Compiling the kernel for {arch} (once, about 4 s)", file=sys.stderr)
-                cpp_extension.load(name, [str(source)], extra_cuda_cflags=arguments,
-                                   build_directory=str(folder), is_python_module=False, verbose=False)
-                (folder / f"{name}.so").replace(library)
-        return ctypes.CDLL(str(library))
-    except (OSError, RuntimeError) as error:
-        cause = first_error(str(error))
-        if isinstance(error, OSError) or "No space left" in cause:
-            raise Refused(f"the compile cache cannot be used ({cause}): set TORCH_EXTENSIONS_DIR, and TMPDIR "
-                          "for nvcc's own files, to a writable folder with some free space") from error
-        raise Refused(f"the kernel does not compile: {cause}") from error
+                build()
+            with suppress(OSError):
+                return ctypes.CDLL(str(library))
+            build()  # what was there is damaged, or of another system
+            return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise Refused(f"the compile cache cannot be used ({error}): set TORCH_EXTENSIONS_DIR to a writable "
+                      "folder with some free space") from error
 
 
 def kernel_hash():
@@ -153,12 +160,12 @@ def kernel_hash():
 @functools.cache
 def nvcc():
     """The path of nvcc. Raises Refused where there is none, or of another CUDA version than torch's."""
-    from torch.utils.cpp_extension import CUDA_HOME
-    path = shutil.which("nvcc", path=f"{CUDA_HOME}/bin") if CUDA_HOME else shutil.which("nvcc")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = f"{home}/bin" if home else os.environ.get("PATH", os.defpath) + ":/usr/local/cuda/bin"
+    path = shutil.which("nvcc", path=places)
     if not path:
         raise Refused("nvcc is not found: install the CUDA toolkit, or set CUDA_HOME to where it is")
-    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
-    release = version.partition("release ")[2].partition(",")[0]
+    release = nvcc_version(path).partition("release ")[2].partition(",")[0]
     wanted = torch.version.cuda
     if wanted and release.partition(".")[0] != wanted.partition(".")[0]:
         raise Refused(f"nvcc is CUDA {release}, but torch was built with CUDA {wanted}: install the matching "
@@ -166,9 +173,19 @@ def nvcc():
     return path
 
 
+def nvcc_version(path):
+    """What nvcc says of itself (text). Raises Refused where it does not run."""
+    try:
+        return subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Refused(f"{path} does not run ({error}): install the CUDA toolkit again, or set CUDA_HOME to "
+                      "another") from error
+
+
 def first_error(text):
-    """The first line of a compiler's output that names an error; "Error building extension" is no name."""
-    named = re.search(r".*((error|fatal)\s*:|No space left).*", text)
+    """The line of a compiler's output that names the cause, which is not the one that ends it."""
+    words = "error|fatal|cannot|no such|not found|no space|denied|undefined|killed"
+    named = re.search(rf"^(?!.*(warning|exit status)).*({words}).*", text, re.MULTILINE | re.IGNORECASE)
     return (named[0] if named else text).strip().partition("\n")[0][:300] or "no message"
 
 

@@ -12,12 +12,19 @@ new token, so without loading and prompt; and why a text ended before it had --t
 sentence for what cannot be done; 130 after Ctrl-C.
 """
 import os
+import signal
+
+if __name__ == "__main__":  # until there is text, Ctrl-C ends the process: an import can lose an exception
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import math
 import sys
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from types import SimpleNamespace
 
-TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny-pythia")
+HERE = os.path.dirname(os.path.realpath(__file__))
+TINY = os.path.join(HERE, "tiny-pythia")
 
 
 def arguments(argv):
@@ -33,7 +40,8 @@ def arguments(argv):
         help="random weights in the size --model: no download and no tokenizer, so the prompt's bytes are "
              "taken as token ids, and ids are printed")
     add("--prompt", default="When Elizabeth saw the sea for the first time, she", metavar="TEXT",
-        help="text to continue, or - to read it from standard input (default: %(default)r)")
+        help="text to continue, or - to read it from standard input, less one newline at its end (default: "
+             "%(default)r)")
     add("--tokens", type=int, default=200, metavar="N", help="new tokens, at most (default: %(default)s)")
     add("--temperature", type=float, default=0.7, metavar="T",
         help="0 takes the likeliest token, 1 draws by the model's own probabilities (default: %(default)s)")
@@ -46,8 +54,8 @@ def arguments(argv):
     add("--dtype", choices=("float32", "float16", "bfloat16"),
         help="of weights, activations and cache (default: float32 on a CPU, else float16)")
     add("--fused", action="store_true",
-        help="decode with the kernel in fused_block.cu, with temperature 0 in launches of 8 tokens: needs "
-             "float16, a GPU of compute capability 9.0, and nvcc, which compiles it once a shape")
+        help="decode with the kernel in fused_block.cu, in launches of 8 tokens: needs float16, a GPU of "
+             "compute capability 9.0, and nvcc, which compiles it once a shape")
     add("--graph", action=BooleanOptionalAction, default=True,
         help="with --fused: replay a CUDA graph (default: yes)")
     add("--explain", action="store_true",
@@ -58,59 +66,75 @@ def arguments(argv):
 def main(argv=None):
     """Runs the command; returns its exit code."""
     args = arguments(argv)
-    import torch  # takes seconds to import, for which --help should not have to wait
-
-    from checkpoint import DTYPES, Refused
-    from model import Config, Pythia
+    from checkpoint import Refused, out_of_memory  # --help does not wait for torch
     try:
-        if args.explain:
-            from emulator import explain
-            try:
-                config = Config.from_name(args.model)
-            except Refused:  # not one of the ten sizes
-                quiet(args.model)
-                config = Config.from_pretrained(args.model, args.revision)
-            return explain(config)
-        device = args.device or ("cuda" if torch.cuda.is_available() else
-                                 "mps" if torch.backends.mps.is_available() else "cpu")
-        kind = device.partition(":")[0]
-        dtype = args.dtype or ("float32" if kind == "cpu" else "float16")
-        prompt = args.prompt
-        if prompt == "-":
-            prompt = sys.stdin.buffer.read().decode(errors="replace").rstrip("\n")
-        if args.random:
-            model = Pythia.random(args.model, args.seed, DTYPES[dtype], device)
-            text = SimpleNamespace(encode=lambda prompt: list(prompt.encode()),   # instead of a tokenizer
-                                   decode=lambda token: f" {token}", rest=lambda: "")
-        else:
-            quiet(args.model)
-            model = Pythia.from_pretrained(args.model, args.revision, DTYPES[dtype], device)
-            text = Text(args.model, args.revision)
-        fused = None
-        if args.fused:
-            from build import Fused
-            fused = Fused(model, graph=args.graph)
-        tokens = model.generate(text.encode(prompt), args.tokens, args.temperature, args.top_k, args.top_p,
-                                args.seed, fused)
-        name = os.path.basename(os.path.normpath(args.model))
-        name += f"@{args.revision}" if args.revision else " (random weights)" if args.random else ""
-        where = {"cpu": f"cpu ({torch.get_num_threads()} threads)", "mps": "mps"}.get(kind)
-        where = where or torch.cuda.get_device_name(device)
-        how = "" if not args.fused else ", fused kernel" if args.graph else ", fused kernel without a graph"
-        return stream(tokens, args.tokens, prompt, text, model.config, f"{name}, {dtype}, {where}{how}")
-    except torch.OutOfMemoryError:
-        sentence = f"{args.model} in {dtype} does not fit into {device}'s memory: take a smaller one, or cpu"
-    except (Refused, RuntimeError) as error:  # the latter: the kernel gave up, or CUDA refused the launch
+        return run(args)
+    except (Refused, RuntimeError, MemoryError) as error:  # the kernel's, CUDA's, an allocator's
         sentence = str(error).partition("\n")[0]
+        if out_of_memory(error):
+            sentence = f"{args.model} does not fit into memory: take a smaller one, or another device"
     print("generate.py:", sentence, file=sys.stderr)
     return 2
 
 
+def run(args):
+    """Does what the arguments ask for; returns the exit code."""
+    import torch
+
+    from checkpoint import Refused, fetch
+    from model import Config, Pythia
+    if args.explain:
+        from emulator import explain
+        try:
+            config = Config.from_name(args.model)
+        except Refused:  # not one of the ten sizes
+            quiet(args.model)
+            config = Config.from_pretrained(args.model, args.revision)
+        return explain(config)
+    prompt = read_prompt(args.prompt)
+    device = args.device or ("cuda" if torch.cuda.is_available() else
+                             "mps" if torch.backends.mps.is_available() else "cpu")
+    kind = device.partition(":")[0]
+    dtype = args.dtype or ("float32" if kind == "cpu" else "float16")
+    if args.random:
+        model = Pythia.random(args.model, args.seed, dtype, device)
+        text = SimpleNamespace(encode=lambda prompt: list(prompt.encode()),   # instead of a tokenizer
+                               decode=lambda token: f" {token}", rest=lambda: "")
+    else:
+        quiet(args.model)
+        folder = fetch(args.model, args.revision)
+        model, text = Pythia.from_pretrained(folder, None, dtype, device), Text(folder)
+    fused = None
+    if args.fused:
+        from build import Fused
+        fused = Fused(model, graph=args.graph)
+    tokens = model.generate(text.encode(prompt), args.tokens, args.temperature, args.top_k, args.top_p,
+                            args.seed, fused)
+    name = os.path.basename(os.path.normpath(args.model))
+    name += f"@{args.revision}" if args.revision else " (random weights)" if args.random else ""
+    where = {"cpu": f"cpu ({torch.get_num_threads()} threads)", "mps": "mps"}.get(kind)
+    where = where or torch.cuda.get_device_name(device)
+    how = "" if not args.fused else ", fused kernel" if args.graph else ", fused kernel without a graph"
+    return stream(tokens, args.tokens, prompt, text, model.config, f"{name}, {dtype}, {where}{how}")
+
+
+def read_prompt(prompt):
+    """The argument, or with "-" all of standard input. Bytes that are not UTF-8 become U+FFFD."""
+    if prompt != "-":
+        return prompt.encode(errors="surrogateescape").decode(errors="replace")
+    try:
+        return sys.stdin.buffer.read().decode(errors="replace").removesuffix("\n")
+    except (AttributeError, OSError) as error:  # it is closed, or a folder
+        from checkpoint import Refused
+        raise Refused("standard input cannot be read: give the prompt itself") from error
+
+
 def stream(tokens, wanted, prompt, text, config, what):
     """Prints the prompt, the tokens as they come, and the closing line; returns the exit code."""
-    print(prompt, end="", flush=True)
     times, token, end = [], None, ""
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print(prompt, end="", flush=True)
         for token in tokens:
             times.append(time.perf_counter())
             print(text.decode(token), end="", flush=True)
@@ -131,36 +155,49 @@ def stream(tokens, wanted, prompt, text, config, what):
 
 
 class Text:
-    """The tokenizer of a checkpoint."""
+    """The tokenizer of a checkpoint, and a text that grows token by token."""
 
-    def __init__(self, name, revision):
-        from tokenizers.decoders import DecodeStream
-        from transformers import AutoTokenizer
-
-        from checkpoint import Refused, loading
-        with loading(name, revision):
-            self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):  # transformers made one up
-            raise Refused(f"{name} has no tokenizer: put its tokenizer.json beside its weights")
-        self.stream, self.ids, self.printed = DecodeStream(skip_special_tokens=True), [], 0
+    def __init__(self, name_or_folder, revision=None):
+        from checkpoint import Refused, fetch, loading
+        folder, self.vocab = fetch(name_or_folder, revision), math.inf
+        if os.path.exists(path := os.path.join(folder, "tokenizer.json")):
+            from tokenizers import Tokenizer
+            self.tokenizer = loading(Tokenizer.from_file)(path)
+            self.tokenizer.no_truncation()  # which a file may have for batches
+            self.tokenizer.no_padding()
+        else:
+            from transformers import AutoTokenizer
+            self.tokenizer = loading(AutoTokenizer.from_pretrained)(folder, trust_remote_code=False)
+            self.vocab = len(self.tokenizer)  # a model may have more tokens, at which some of these raise
+            if self.vocab <= len(self.tokenizer.all_special_ids):  # transformers made one up
+                raise Refused(f"{folder} has no tokenizer: put its tokenizer.json beside its weights")
 
     def encode(self, prompt):
-        return self.tokenizer(prompt)["input_ids"]
+        ids = self.tokenizer.encode(prompt)
+        self.ids = list(getattr(ids, "ids", ids))
+        self.start, self.shown = 0, len(self.ids)  # of the last piece; how many tokens are text already
+        return self.ids[:]
 
     def decode(self, token):
         """The text that `token` completes: nothing while a character is still lacking bytes."""
-        self.ids.append(token)
-        piece = self.stream.step(self.tokenizer.backend_tokenizer, token) or ""
-        self.printed += len(piece)
+        if token < self.vocab:
+            self.ids.append(token)
+        piece = self.rest()
+        if not piece or piece.endswith("\ufffd"):
+            return ""
+        self.start, self.shown = self.shown, len(self.ids)
         return piece
 
     def rest(self):
         """What `decode` still holds back: the text may end within a character."""
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True)[self.printed:]
+        # decoded after the piece before it, as a tokenizer may drop the space at the beginning of a text
+        before, both = (self.tokenizer.decode(self.ids[self.start:end], skip_special_tokens=True)
+                        for end in (self.shown, len(self.ids)))
+        return both[len(before):]
 
 
 def quiet(model):
-    """Keeps the libraries' remarks off standard error, and their progress bars where nobody watches them."""
+    """Keeps the libraries' remarks off standard error, and their progress bars off what is no terminal."""
     import huggingface_hub.utils as hub
     from transformers.utils import logging
     logging.set_verbosity_error()
@@ -168,11 +205,16 @@ def quiet(model):
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
         hub.disable_progress_bars()
-    elif not os.path.isdir(model):  # the Hub's client tries for half a minute before it gives up
-        print(f"asking the Hub for {model}", file=sys.stderr)
+    elif not os.path.exists(model):
+        print(f"asking the Hub for {model} (not with HF_HUB_OFFLINE=1)", file=sys.stderr)
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, HERE)  # PYTHONSAFEPATH leaves it out
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if sys.stdout is None:
+        print("generate.py: standard output is closed: give it a file or a terminal", file=sys.stderr)
+        sys.exit(2)
     sys.stdout.reconfigure(errors="replace")
     try:
         sys.exit(main())

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import embedding, gelu, layer_norm, linear
 from torch.nn.functional import scaled_dot_product_attention as attention
 
-from checkpoint import DTYPES, Refused, first_line, loading, read_config, read_tensors
+from checkpoint import DTYPES, Refused, fetch, first_line, read_config, read_tensors
 
 SIZES = {  # name: (L, C, NH, V); in all ten F = 4 C, ROT = HS / 4, and there are 2048 positions
     "pythia-14m": (6, 128, 4, 50304),
@@ -78,8 +78,7 @@ class Config:
 
         Raises Refused where it cannot be read, or where this file cannot run such a model.
         """
-        with loading(name_or_folder, revision):
-            return cls(**read_config(name_or_folder, revision))
+        return cls(**read_config(fetch(name_or_folder, revision, weights=False)))
 
     def to_transformers(self):
         """The GPTNeoXConfig of the same model."""
@@ -251,17 +250,19 @@ class Pythia(nn.Module):
     def from_pretrained(cls, name_or_folder, revision=None, dtype=torch.float32, device="cpu"):
         """A checkpoint from the Hugging Face Hub ("EleutherAI/pythia-70m", revision="step3000") or a folder.
 
-        The files are safetensors or .bin, whole or sharded. Raises Refused where they cannot be had, or are
-        not exactly this model.
+        The files are safetensors or .bin, whole or sharded; `dtype` is one of DTYPES or its name. Raises
+        Refused where they cannot be had, or are not exactly this model.
         """
         from transformers.utils import logging
+        dtype = DTYPES.get(dtype, dtype)
         check_device(dtype, device)
-        config = Config.from_pretrained(name_or_folder, revision)
-        with loading(name_or_folder, revision):
-            weights = read_tensors(name_or_folder, revision, config.weights // 2)  # fewer are no such model
+        folder = fetch(name_or_folder, revision)
+        config = Config.from_pretrained(folder)
+        weights = read_tensors(folder)
 
         def refuse(fault):
-            raise Refused(f"{name_or_folder} {fault}: fetch its files again, or take a Pythia checkpoint")
+            raise Refused(f"{folder} {fault}: fetch its files again, or take a Pythia checkpoint that is not "
+                          "quantised")
 
         def tensor(name, *shape, transposed=False):
             """Takes one weight away from what was read, so that all weights never exist twice."""
@@ -272,7 +273,7 @@ class Pythia(nn.Module):
                 refuse(f"has {name} of shape {list(w.shape)}, but its config.json asks for {list(asked)}")
             w = w.to(device, dtype)
             if not torch.stack(w.aminmax()).isfinite().all():                     # aminmax passes NaN on
-                raise Refused(f"{name_or_folder} has NaN or Inf in {name}, read as {dtype}: take dtype "
+                raise Refused(f"{folder} has NaN or Inf in {name}, read as {dtype}: take dtype "
                               "float32 or bfloat16, or fetch its files again")
             if transposed:  # in the same memory, which for a file that is mapped are its (private) pages
                 w = w.view(shape).copy_(w.T.contiguous())
@@ -292,6 +293,7 @@ class Pythia(nn.Module):
         They are as hard on arithmetic as trained ones: LayerNorm gains around 1, biases that are not 0, four
         channels of the residual stream far larger than the rest. Seed, dtype and kind of device fix them.
         """
+        dtype = DTYPES.get(dtype, dtype)
         check_device(dtype, device)
         check_seed(seed)
         config = name if isinstance(name, Config) else Config.from_name(name)
