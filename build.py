@@ -56,12 +56,12 @@ def default_cluster(config, sms=132):
 
 
 def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, attention_kib=None, pace=None,
-              sms=132, memory_rate=None, extra=None):
+              sms=132, memory_rate=4814, extra=None):
     """The kernel's -D constants {name: int} for a Config, on a GPU of `sms` multiprocessors, whose memory
-    delivers `memory_rate` bytes a ns by its clock and the width of its bus (default: an H200's).
+    delivers `memory_rate` bytes a ns by its clock and the width of its bus (defaults: an H200's).
 
     `threads`, `rows`, `attention_kib` and `pace` are tuning, see THREADS, ROWS, ATTENTION_BYTES and PACE in
-    fused_block.cu; `extra` adds constants of test builds: {"TAPS": 1}, {"TIMELINE": 1} or {"MUTANT": k}.
+    fused_block.cu; `extra` adds constants of test builds: {"TAPS": 1} or {"TIMELINE": 1}.
     Raises Refused for a shape that the kernel has no code for.
     """
     c = config
@@ -79,15 +79,14 @@ def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, atte
                               ("LayerNorm eps", c.eps, c.eps == 1e-5)):
         if not fits:
             raise Refused(f"the fused kernel has no code for {what} {value}: run without fused")
-    if rows is None:  # two stages of 16 to 24 KB; less where the ring would not hold two tiles
+    if rows is None:  # two slots of 16 to 24 KB; less where the ring would not hold two tiles
         rows = 2 if SHARED_BYTES[arch] < 128 * 1024 else 8 if c.hidden < 4096 else 4
-    if threads is None:  # README.md has the measurements of these three
+    if threads is None:  # docs/results.md has the measurements of these three
         threads = 384 if 512 < c.hidden < 1024 else 256
     if attention_kib is None:
         attention_kib = 6 * cluster if c.hidden <= 1024 else 0
-    if pace is None:  # small models wait for latency, not memory; the largest are a little faster this way
-        datasheet = int((memory_rate or 4917) * 125 / 128)  # the rate that is sold, 4801 of an H200
-        pace = datasheet * (32 if c.hidden < 1024 else 16 if c.hidden < 4096 else 17) // 16
+    if pace is None:  # small models wait for latency, not memory
+        pace = memory_rate * (2 if c.hidden < 1024 else 1)
     if pace < 1:
         raise Refused(f"pace {pace} would let no copy start: take 1 byte a ns or more")
     return {"HIDDEN": c.hidden, "HEADS": c.n_head, "HEAD_SIZE": c.head_size, "ROTARY": c.rotary_dims,
@@ -107,31 +106,44 @@ def flags(defines, arch):
 def compile_only(defines, arch, source=SOURCE):
     """Compiles without loading; returns ptxas's report (text). Needs nvcc, no GPU. Raises Refused."""
     with tempfile.TemporaryDirectory() as folder:
-        return run_nvcc(defines, arch, source, "-Xptxas=-v", "-cubin", "-o", f"{folder}/kernel.cubin")
-
-
-def run_nvcc(defines, arch, source, *more):
-    """Compiles `source`; returns what nvcc says about it (text). Raises Refused."""
-    result = subprocess.run([nvcc(), *flags(defines, arch), *more, source], capture_output=True, text=True,
-                            errors="replace", check=False)
+        command = [nvcc(), *flags(defines, arch), "-Xptxas=-v", "-cubin", "-o", f"{folder}/kernel.cubin", source]
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if result.returncode:
-        raise Refused(f"nvcc does not compile {source.name} for {arch} ({first_error(result.stderr)}): check "
-                      "that the CUDA toolkit is whole, that g++ is on PATH, and that there is room in the "
-                      "compile cache (TORCH_EXTENSIONS_DIR) and in TMPDIR")
+        raise does_not_compile(source, arch, result.stderr)
     return result.stderr
+
+
+def does_not_compile(source, arch, output):
+    return Refused(f"{source.name} does not compile for {arch} ({first_error(output)}): check that the CUDA "
+                   "toolkit is whole, that g++ and ninja are on PATH, and that there is room in the compile cache "
+                   "(TORCH_EXTENSIONS_DIR) and in TMPDIR")
 
 
 def load(defines, arch, source=SOURCE):
     """The compiled kernel as a ctypes library; compiles it the first time. Raises Refused."""
-    key = repr((source.read_bytes(), flags(defines, arch), nvcc_version(nvcc()), platform.machine())).encode()
+    if not torch.version.cuda:
+        raise Refused("this torch is built without CUDA, so nothing can be linked with it: install torch with CUDA, "
+                      "or give --compile-only")
+    key = repr((source.read_bytes(), flags(defines, arch), nvcc_version(nvcc()), torch.__version__,
+                platform.machine())).encode()
     name = f"fused_block_{defines['HIDDEN']}_{arch}_{hashlib.sha256(key).hexdigest()[:16]}"
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions", name).expanduser()
-    library, new = folder / "kernel.so", folder / "new.so"
+    library = folder / "kernel.so"
 
     def build():
+        from torch.utils import cpp_extension  # slow to import, and needed only here
         print(f"Compiling the kernel for {arch} (once, about 4 s)", file=sys.stderr)
-        run_nvcc(defines, arch, source, "-shared", "-Xcompiler=-fPIC", "-o", new)
-        new.replace(library)  # renamed when whole: a killed linker leaves half a file
+        cpp_extension.CUDA_HOME = str(Path(nvcc()).parents[1])
+        # ninja may lie beside a Python that is called by its path
+        os.environ["PATH"] = os.environ.get("PATH", os.defpath) + os.pathsep + os.path.dirname(sys.executable)
+        with tempfile.TemporaryDirectory(prefix="build_", dir=folder) as place:  # no lock or name of before
+            try:
+                cpp_extension.load(Path(place).name, [str(source)], extra_cuda_cflags=flags(defines, arch),
+                                   build_directory=place, is_python_module=False)
+            except (RuntimeError, subprocess.CalledProcessError) as error:
+                # the first line has the command, if there are more
+                raise does_not_compile(source, arch, str(error).partition("\n")[2] or str(error)) from error
+            Path(place, f"{Path(place).name}.so").replace(library)  # whole: a killed linker leaves half a file
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
@@ -222,7 +234,10 @@ class Fused:
             raise Refused(f"the fused kernel runs float16 on a CUDA GPU, not {dtype} on {device.type}: "
                           "take dtype float16 and device cuda, or leave fused out")
         arch, gpu = device_arch(device), torch.cuda.get_device_properties(device)
-        self.defines = constants(model.config, arch, sms=gpu.multi_processor_count, **tuning)
+        # a clock in kHz, two transfers a clock, a bus in bits: bytes a ns
+        rate = 2 * gpu.memory_clock_rate * gpu.memory_bus_width // 8 // 10**6
+        self.defines = constants(model.config, arch, **{"sms": gpu.multi_processor_count, "memory_rate": rate}
+                                 | tuning)
         self.library = load(self.defines, arch, source)
         self.library.fused_prepare.restype = self.library.fused_launch.restype = ctypes.c_char_p
         clusters = ctypes.c_int()
