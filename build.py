@@ -106,7 +106,8 @@ def flags(defines, arch):
 def compile_only(defines, arch, source=SOURCE):
     """Compiles without loading; returns ptxas's report (text). Needs nvcc, no GPU. Raises Refused."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc(), *flags(defines, arch), "-Xptxas=-v", "-cubin", "-o", f"{folder}/kernel.cubin", source]
+        command = [nvcc(), *flags(defines, arch), "-Xptxas=-v", "-cubin", "-o", f"{folder}/kernel.cubin",
+                   source]
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if result.returncode:
         raise does_not_compile(source, arch, result.stderr)
@@ -115,15 +116,15 @@ def compile_only(defines, arch, source=SOURCE):
 
 def does_not_compile(source, arch, output):
     return Refused(f"{source.name} does not compile for {arch} ({first_error(output)}): check that the CUDA "
-                   "toolkit is whole, that g++ and ninja are on PATH, and that there is room in the compile cache "
-                   "(TORCH_EXTENSIONS_DIR) and in TMPDIR")
+                   "toolkit is whole, that g++ and ninja are on PATH, and that there is room in the compile "
+                   "cache (TORCH_EXTENSIONS_DIR) and in TMPDIR")
 
 
 def load(defines, arch, source=SOURCE):
     """The compiled kernel as a ctypes library; compiles it the first time. Raises Refused."""
     if not torch.version.cuda:
-        raise Refused("this torch is built without CUDA, so nothing can be linked with it: install torch with CUDA, "
-                      "or give --compile-only")
+        raise Refused("this torch is built without CUDA, so nothing can be linked with it: install torch "
+                      "with CUDA, or give --compile-only")
     key = repr((source.read_bytes(), flags(defines, arch), nvcc_version(nvcc()), torch.__version__,
                 platform.machine())).encode()
     name = f"fused_block_{defines['HIDDEN']}_{arch}_{hashlib.sha256(key).hexdigest()[:16]}"
@@ -143,7 +144,8 @@ def load(defines, arch, source=SOURCE):
             except (RuntimeError, subprocess.CalledProcessError) as error:
                 # the first line has the command, if there are more
                 raise does_not_compile(source, arch, str(error).partition("\n")[2] or str(error)) from error
-            Path(place, f"{Path(place).name}.so").replace(library)  # whole: a killed linker leaves half a file
+            # now it is whole: a killed linker leaves half a file
+            Path(place, f"{Path(place).name}.so").replace(library)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
@@ -225,8 +227,8 @@ class Fused:
     def __init__(self, model, cache=None, graph=True, source=SOURCE, **tuning):
         """Compiles the kernel for the model's shape the first time.
 
-        `cache` (from `model.new_cache`) is shared with the reference, so that either can go on where the other
-        stopped. `graph` replays a captured CUDA graph. `tuning`: arguments of `constants`. Raises Refused
+        `cache` (from `model.new_cache`) is shared with the reference, so that either can go on where the
+        other stopped. `graph` replays a captured CUDA graph. `tuning`: arguments of `constants`. Raises Refused
         where the kernel cannot run.
         """
         device, dtype = model.embed_in.device, model.embed_in.dtype
@@ -290,7 +292,8 @@ class Fused:
                               f"needs {list(shape)} {dtype} on {device}: load the model in float16, and take "
                               "the cache from new_cache()")
             if not tensor.is_contiguous() or tensor.data_ptr() % 16:
-                raise Refused(f"{name} is not contiguous, or not at a multiple of 16 bytes: load the model anew")
+                raise Refused(f"{name} is not contiguous, or not at a multiple of 16 bytes: load the model "
+                              "anew")
         *weights, cache = [tensor.detach() for _, tensor, _, _ in read]
         # all that a launch reads or writes; keeps the memory, whatever becomes of the model's attributes
         self.tensors = [*weights[:-1], *weights[-1], cache, self.residual, self.logits, self.history,

@@ -86,7 +86,8 @@ def deal(k, first, n, index, blocks):
     """The share that block `index` of `blocks` has of rows first..first + n - 1."""
     begin, end = n * index // blocks, n * (index + 1) // blocks
     dealt = n // blocks // k.TILE_ROWS * k.TILE_ROWS
-    return Share(end - begin, dealt, first + index * k.TILE_ROWS, blocks, first + begin + dealt * (blocks - index))
+    first_rest = first + begin + dealt * (blocks - index)
+    return Share(end - begin, dealt, first + index * k.TILE_ROWS, blocks, first_rest)
 
 
 def make_plan(k, block, blocks, position):
@@ -262,7 +263,7 @@ class Worker:
         self.qkv[:] = np.nan                                                # (d)
 
     def attend(self, layer, h):
-        """S5: WARPS * WARP_TOKENS groups of lanes, each with top, l, o of its own tokens, a slot's at once."""
+        """S5: WARPS * WARP_TOKENS groups of lanes, each with top, l, o of its tokens, a slot's at once."""
         k, plan = self.k, self.plan
         warp, sub = np.indices((k.WARPS, k.WARP_TOKENS))
         m, l, o = np.full(warp.shape, -1e30), np.zeros(warp.shape), np.zeros((*warp.shape, k.HS))

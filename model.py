@@ -225,7 +225,8 @@ class Pythia(nn.Module):
             raise Refused(f"{max_new_tokens} new tokens cannot be made: ask for 0 or more")
         decoder = fused or Reference(self)
         if decoder.model is not self:
-            raise Refused("this decoder belongs to another model: take Fused(model) of the one that generates")
+            raise Refused("this decoder belongs to another model: take Fused(model) of the one that "
+                          "generates")
         sampler = Sampler(temperature, top_k, top_p, secrets.randbits(64) if seed is None else seed)
         steps = min(max_new_tokens, c.context - len(tokens) + 1)
         return self.stream(tokens.to(self.embed_in.device), steps, sampler, decoder)
