@@ -52,7 +52,7 @@ def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, atte
     """The kernel's -D constants {name: int} for a Config, on a GPU of `sms` multiprocessors.
 
     `threads`, `rows`, `attention_kib` and `pace` are tuning, see THREADS, ROWS, ATTENTION_BYTES and PACE in
-    fused_block.cu; `extra` adds constants of test builds: {"TAPS": 1}, {"TIMELINE": 1} or {"MUTANT": k}.
+    fused_block.cu; `extra` adds constants of test builds: {"TAPS": 1} or {"TIMELINE": 1}.
     Raises Refused for a shape that the kernel has no code for.
     """
     c = config
@@ -104,12 +104,12 @@ def compile_only(defines, arch):
     return result.stderr
 
 
-def load(defines, arch):
+def load(defines, arch, source=SOURCE):
     """The compiled kernel as a ctypes library; compiles it the first time. Raises Refused."""
     from torch.utils import cpp_extension  # slow to import, and needed only here
     nvcc()  # refuses early
     arguments = flags(defines, arch)
-    key = SOURCE.read_bytes() + repr((arguments, torch.__version__, torch.version.cuda)).encode()
+    key = source.read_bytes() + repr((arguments, torch.__version__, torch.version.cuda)).encode()
     name = f"fused_block_{defines['HIDDEN']}_{arch}_{hashlib.sha256(key).hexdigest()[:16]}"
     try:
         folder = Path(cpp_extension._get_build_directory(name, verbose=False))
@@ -126,7 +126,7 @@ def load(defines, arch):
             if not library.exists():
                 cpp_extension.JIT_EXTENSION_VERSIONER.entries.pop(name, None)  # or a retry would not build
                 print(f"Compiling the kernel for {arch} (once, about 4 s)", file=sys.stderr)
-                cpp_extension.load(name, [str(SOURCE)], extra_cuda_cflags=arguments,
+                cpp_extension.load(name, [str(source)], extra_cuda_cflags=arguments,
                                    build_directory=str(folder), is_python_module=False, verbose=False)
                 (folder / f"{name}.so").replace(library)
         return ctypes.CDLL(str(library))

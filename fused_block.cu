@@ -146,9 +146,6 @@ constexpr int C = HIDDEN, NH = HEADS, HS = HEAD_SIZE, ROT = ROTARY;
 constexpr int F = MLP, V = VOCAB, L = LAYERS, CTX = CONTEXT;
 constexpr int K = CLUSTER, R = ROWS;
 constexpr float LN_EPS = 1e-5f;
-#ifndef MUTANT
-#define MUTANT 0  // chapter 4
-#endif
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Threads. A row is dealt out in pieces of 16 bytes, the most that one load from shared memory brings.
@@ -277,7 +274,6 @@ enum SyncId {  // in Failure::sync
 // For tests and measurements, all at compile time, so that the shipped kernel pays nothing:
 //   -DTAPS       stages write what they compute to Model::taps; y keeps its bits
 //   -DTIMELINE   thread 0 of every block writes the time, in ns, at each MARK of a layer
-//   -DMUTANT=k   one thing is broken (1 to 11: test_block.py; 12: block 0 adds nothing to x): tests notice
 #ifdef TAPS  // offsets into Model::taps; a new one needs room in model.py, a name in test_block.py's STAGES
 enum { TAP_XN1 = 0, TAP_XN2 = C, TAP_Q = 2 * C, TAP_K = 3 * C, TAP_V = 4 * C, TAP_O = 5 * C, TAP_H = 6 * C };
 #define TAP(where, value) (m.taps[where] = (value))
@@ -420,7 +416,7 @@ __device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int 
 
 __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t parity, SyncId sync) {
   const bool by_peers = sync <= SYNC_SUMS;
-  if (MUTANT == 8 + sync || !barrier_open(barrier, parity, by_peers)) return;
+  if (!barrier_open(barrier, parity, by_peers)) return;
   // Twice as long for the producer: workers, but for those at (F), know the cause and get to report it.
   const long long patience = by_peers ? PATIENCE : 2 * PATIENCE, start = clock64();
   while (barrier_open(barrier, parity, by_peers))
@@ -485,7 +481,7 @@ __device__ float from_word(long long word) {
 }
 // 0 if two words are whole; else, if the carrier has been there and both lack as many, how many additions.
 __device__ unsigned lacking(const longlong2& words, unsigned count) {
-  return MUTANT == 8 ? 0 : ((count - (unsigned)words.x) | (count - (unsigned)words.y)) % (1 << COUNT_BITS);
+  return ((count - (unsigned)words.x) | (count - (unsigned)words.y)) % (1 << COUNT_BITS);
 }
 
 // 7. The stages ===========================================================================================
@@ -669,7 +665,7 @@ struct Worker {  // one thread's view
         const int r = part * R / PARTS + i;
         for (int p = 0; p < PIECES; p++) sums[r] = dot8(weights(i * TEAMS + team, p), x + 8 * p, sums[r]);
       }
-      if (part == 0 && has_bias && row < n && MUTANT != 7)
+      if (part == 0 && has_bias && row < n)
         bias = __half2float(s.bias[ring.stage][skip + row]);
       release();  // (E)
     }
@@ -830,7 +826,7 @@ struct Worker {  // one thread's view
       float value = v[d];
       if (which < 2 && d < ROT) {
         const int pair = d % (ROT / 2);
-        const float other = (d < ROT / 2) != (MUTANT == 3) ? -v[(d + ROT / 2) % ROT] : v[(d + ROT / 2) % ROT];
+        const float other = d < ROT / 2 ? -v[(d + ROT / 2) % ROT] : v[(d + ROT / 2) % ROT];
         value = fmaf(value, s.rope_cos[pair], other * s.rope_sin[pair]);
       }
       if (which == 0) {
@@ -869,9 +865,8 @@ struct Worker {  // one thread's view
 
     // Each lane takes its tokens of a stage at once, with one rescaling.
     constexpr int STRIDE = WARPS * WARP_TOKENS, BATCH = ceil_div(KV_TOKENS, STRIDE);
-    const int last_token = MUTANT == 5 ? s.plan.last_token / KV_TOKENS * KV_TOKENS : s.plan.last_token;
     for (int t0 = s.plan.first_token; t0 < s.plan.last_token; t0 += KV_TOKENS) {
-      const int n = min(KV_TOKENS, last_token - t0);
+      const int n = min(KV_TOKENS, s.plan.last_token - t0);
       wait_full();  // (F)
       const half *k = s.ring[ring.stage] + d, *v = k + KV_TOKENS * HS;
       const int base = warp * WARP_TOKENS + sub;
@@ -936,7 +931,7 @@ struct Worker {  // one thread's view
     float top = s.slice_ml[0][0], weight[K], l = 0;
     for (int r = 1; r < K; r++) top = fmaxf(top, s.slice_ml[r][0]);
     for (int r = 0; r < K; r++) {
-      weight[r] = MUTANT == 1 && r == K - 1 ? 0.f : exp2f(s.slice_ml[r][0] - top);
+      weight[r] = exp2f(s.slice_ml[r][0] - top);
       l = fmaf(weight[r], s.slice_ml[r][1], l);
     }
     for (int i = 0; i < OUT_ROWS; i += TILE_ROWS) {
@@ -960,9 +955,7 @@ struct Worker {  // one thread's view
     for (; unit < last; unit += TILE_ROWS) {
       const int n = min(TILE_ROWS, last - unit);
       const float a = dot_tile(xn2, n, unit % 8, true);
-      const float bend =
-          MUTANT == 6 ? tanhf(0.79788456f * (a + 0.044715f * a * a * a)) : erff(a * 0.70710678f);
-      const float hidden = 0.5f * a * (1 + bend);
+      const float hidden = 0.5f * a * (1 + erff(a * 0.70710678f));
       if (row < n) TAP(TAP_H + unit + row, hidden);
       axpy_tile(hidden, n);
     }
@@ -987,12 +980,11 @@ struct Worker {  // one thread's view
 
   // Thread i adds column i: a warp's 32 additions are 256 bytes side by side, two requests to L2.
   __device__ void add_to_residual(long long* x_next) const {
-    if (MUTANT == 12 && blockIdx.x == 0) return;
     for (int c = tid; c < OWN; c += WORKERS) {
       float sum = 0;
 #pragma unroll 8
       for (int part = 0; part < K * TEAMS; part++)
-        if (MUTANT != 4 || part > 0) sum += s.sums[part][c];
+        sum += s.sums[part][c];
       add_relaxed(x_next + s.plan.rank * OWN + c, to_word(sum));
     }
   }
@@ -1145,7 +1137,6 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 
     w.carry(layer, token, x_next, lap(steps + 1));                      // S9
     w.affine(x, norms.w2, norms.b2, xn2);
-    const Columns& xn = MUTANT == 2 ? xn1 : xn2;
     for (int i = 0; i < COLS; i++) {
       w.y[i] = 0;
       TAP(TAP_XN1 + w.column(i), xn1[i]);
@@ -1156,18 +1147,18 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     int unit = plan.first_unit;
     for (int h = plan.cluster; h < NH; h += plan.clusters) {
       w.qkv_rows(xn1, h); MARK(MARK_QKV);                               // S2
-      w.units(xn, unit, min(unit + plan.filler, plan.last_unit));       // S8, while q, k, v travel
+      w.units(xn2, unit, min(unit + plan.filler, plan.last_unit));       // S8, while q, k, v travel
       wait(m, s, &s.qkv_ready, w.head_parity, SYNC_QKV);                // (1)
       MARK(MARK_1);
       w.rotate_and_append(layer, h, position);                          // S3, S4
       w.attend(); MARK(MARK_ATTEND);                                    // S5
-      w.units(xn, unit, min(unit + plan.filler, plan.last_unit));       // S8, while m, l, o travel
+      w.units(xn2, unit, min(unit + plan.filler, plan.last_unit));       // S8, while m, l, o travel
       wait(m, s, &s.slice_ready, w.head_parity, SYNC_SLICE);            // (2)
       w.head_parity ^= 1;
       MARK(MARK_2);
       w.out_rows(h); MARK(MARK_OUT);                                    // S6, S7
     }
-    w.units(xn, unit, plan.last_unit); MARK(MARK_UNITS);                // S8
+    w.units(xn2, unit, plan.last_unit); MARK(MARK_UNITS);                // S8
     w.cluster_reduce(); MARK(MARK_3);                                   // S9, (3)
     w.add_to_residual(x_next);
     norms = w.load_norms(layer + 1); MARK(MARK_ADDED);

@@ -63,7 +63,7 @@ def main(argv=None):
     from model import DTYPES, Config, Pythia, Refused
     try:
         if args.explain:
-            from emulator import explain
+            from emulator.emulator import explain
             try:
                 config = Config.from_name(args.model)
             except Refused:  # not one of the ten sizes

@@ -324,14 +324,14 @@ class Pythia(nn.Module):
             return nn.Parameter(w, requires_grad=False)
         return cls(config, tensor)
 
-    def fuse(self, cache=None, graph=True, **tuning):
+    def fuse(self, cache=None, graph=True, source=None, **tuning):
         """A `Fused` decoder of this model; compiles the kernel the first time.
 
         `cache` (from `new_cache`) is shared with the reference, so that either can go on where the other
         stopped. `graph` replays a captured CUDA graph; `tuning`: arguments of build.constants. Raises Refused
         where the kernel cannot run.
         """
-        return Fused(self, cache, graph, tuning)
+        return Fused(self, cache, graph, source, tuning)
 
 
 @dataclass
@@ -521,15 +521,15 @@ class Fused:
     """
     TOKENS = 8                                                                    # greedy ones in a launch
 
-    def __init__(self, model, cache, graph, tuning):
-        from build import constants, device_arch, load
+    def __init__(self, model, cache, graph, source, tuning):
+        from build import SOURCE, constants, device_arch, load
         c, device, dtype = model.config, model.embed_in.device, model.embed_in.dtype
         if device.type != "cuda" or dtype != torch.float16:
             raise Refused(f"the fused kernel runs float16 on a CUDA GPU, not {dtype} on {device.type}: "
                           "take dtype float16 and device cuda, or leave fused out")
         arch, sms = device_arch(device), torch.cuda.get_device_properties(device).multi_processor_count
         self.defines = constants(c, arch, sms=sms, **tuning)
-        self.library = load(self.defines, arch)
+        self.library = load(self.defines, arch, source or SOURCE)
         self.library.fused_prepare.restype = self.library.fused_launch.restype = ctypes.c_char_p
         clusters = ctypes.c_int()
         with torch.cuda.device(device):

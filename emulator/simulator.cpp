@@ -1,7 +1,7 @@
-// fused_block.cu on a CPU, for whoever has no GPU: python test_block.py -k simulated. The kernel's own source
+// fused_block.cu on a CPU, where there is no GPU: python test_block.py -k simulated. The kernel's own source
 // is compiled as C++, with a fiber, a thread that only this program switches, for each of its threads. KERNEL
-// is what source_for_cpu in test_block.py leaves of it: not the host side, and not the functions of chapter 5
-// that are PTX; those are here, as what they do.
+// is what source_for_cpu in tests/helpers.py leaves of it: not the host side, and not the functions of
+// chapter 5 that are PTX; those are here, as what they do.
 //
 // The kernel may depend on no order but that of its syncs, so all else comes in a random one: warps take
 // turns in any order, and some dawdle; in some launches a cluster begins late; copies, pushes and additions
