@@ -54,8 +54,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from build import constants, device_arch, flags, kernel_hash, load, nvcc
-from model import SIZES, Config, Fused, Pythia, Refused
+from build import Fused, constants, device_arch, flags, kernel_hash, load, nvcc
+from checkpoint import Refused
+from model import SIZES, Config, Pythia
 
 HERE = Path(__file__).resolve().parent
 STEPS, SAMPLES, WARM_UP = 16, 30, 3  # steps a sample, samples, samples thrown away
@@ -479,7 +480,7 @@ def compare(name, args, results):
 
     def memory():
         nonlocal fused
-        fused = model.fuse(cache=cache)
+        fused = Fused(model, cache=cache)
         fused.start(0, 0)
         fused.step(tokens=fused.TOKENS)                           # captures the graph
         torch.cuda.synchronize()
@@ -514,10 +515,10 @@ def ablate(name, args, results):
     case, L = Case(model, model.new_cache(), args.contexts[0]), model.config.n_layer
 
     def variant(tokens=Fused.TOKENS, **tuning):
-        return time_fused(case, model.fuse(cache=case.cache, **tuning), tokens=tokens)
+        return time_fused(case, Fused(model, cache=case.cache, **tuning), tokens=tokens)
 
     def launch_a_block():
-        fused, graph = model.fuse(cache=case.cache), torch.cuda.CUDAGraph()
+        fused, graph = Fused(model, cache=case.cache), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for i in range(L):
                 fused.launch(i, i + 1, tokens=int(i == L - 1))
@@ -531,7 +532,7 @@ def timeline(name, args, results):
     """When the blocks pass the kernel's marks, in us from a layer's start: means over layers."""
     model = Pythia.random(name, dtype=torch.float16, device="cuda")
     case = Case(model, model.new_cache(), args.contexts[0])
-    fused = model.fuse(cache=case.cache, extra={"TIMELINE": 1})
+    fused = Fused(model, cache=case.cache, extra={"TIMELINE": 1})
     blocks, L = fused.clusters * fused.defines["CLUSTER"], model.config.n_layer
 
     def step():
@@ -552,7 +553,7 @@ def timeline(name, args, results):
 def counted_run(name, context):
     """What ncu counts: one launch of COUNTED tokens, the second of its kind."""
     model = Pythia.random(name, dtype=torch.float16, device="cuda")
-    fused, cudart = model.fuse(), torch.cuda.cudart()
+    fused, cudart = Fused(model), torch.cuda.cudart()
     for begin in (lambda: None, cudart.cudaProfilerStart):
         fused.start(0, context - COUNTED // 2)
         torch.cuda.synchronize()

@@ -60,7 +60,8 @@ def main(argv=None):
     args = arguments(argv)
     import torch  # takes seconds to import, for which --help should not have to wait
 
-    from model import DTYPES, Config, Pythia, Refused
+    from checkpoint import DTYPES, Refused
+    from model import Config, Pythia
     try:
         if args.explain:
             from emulator.emulator import explain
@@ -85,8 +86,12 @@ def main(argv=None):
             quiet(args.model)
             model = Pythia.from_pretrained(args.model, args.revision, DTYPES[dtype], device)
             text = Text(args.model, args.revision)
+        fused = None
+        if args.fused:
+            from build import Fused
+            fused = Fused(model, graph=args.graph)
         tokens = model.generate(text.encode(prompt), args.tokens, args.temperature, args.top_k, args.top_p,
-                                args.seed, args.fused, args.graph)
+                                args.seed, fused)
         name = os.path.basename(os.path.normpath(args.model))
         name += f"@{args.revision}" if args.revision else " (random weights)" if args.random else ""
         where = {"cpu": f"cpu ({torch.get_num_threads()} threads)", "mps": "mps"}.get(kind)
@@ -132,7 +137,7 @@ class Text:
         from tokenizers.decoders import DecodeStream
         from transformers import AutoTokenizer
 
-        from model import Refused, loading
+        from checkpoint import Refused, loading
         with loading(name, revision):
             self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):  # transformers made one up

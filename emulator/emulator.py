@@ -25,7 +25,8 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))  # for `python emulator/emulator.py`
 import build
 from build import SHARED_BYTES, constants
-from model import Config, Pythia, Refused
+from checkpoint import Refused
+from model import Config, Pythia
 
 SOURCE = build.SOURCE.read_text()
 READ_CEILING = 4.65e12  # bytes a second that the H200 in results/ reads; another reads 4.55e12
