@@ -223,6 +223,7 @@ struct Model {  // the kernel's one parameter: pointers only, the same for every
   float* logits;                 // [V]
   int* history;                  // [CTX] the token chosen at each position
   State* state;
+  const void* settings;
   Failure* failure;
   float* taps;                   // -DTAPS
   unsigned long long* timeline;  // -DTIMELINE

@@ -29,8 +29,10 @@ from transformers import DynamicCache
 
 import build
 from bench import exact_logits
+from build import Fused
+from checkpoint import Refused
 from emulator.emulator import kernel_constants
-from model import SIZES, Config, Fused, Pythia, Refused
+from model import SIZES, Config, Pythia
 from tests import helpers, records
 from tests.helpers import DEEP, SMALL, against, cut, gpu, random_half, report, residual
 
@@ -106,9 +108,9 @@ def report_blocks(name, model, decoders, repeats=3):
             fused.cache[..., pos:, :] = math.nan
             fused.logits.fill_(math.nan)
             x, kv16 = helpers.hard_input(C, rng), fused.cache[1].clone()
-            kv = kv16.double()
-            y = exact(x.double().view(1, 1, C), kv, pos)
-            y16 = block(x.view(1, 1, C), kv16, pos)
+            kv, rope = kv16.double(), model.rope[:, pos:pos + 1]
+            y = exact(x.double().view(1, 1, C), rope.double(), kv, pos)
+            y16 = block(x.view(1, 1, C), rope, kv16, pos)
             watched.remember()
             ours = helpers.launch_block(fused, x, pos)
             worst.append((*against(ours, y16, y), pos))
@@ -195,18 +197,18 @@ def test_simulated_steps(simulated, config, steps):
 STAGES = ("xn1", "xn2", "q", "k", "v", "o", "h", "y")  # the kernel's taps, in their order, and its result
 
 
-def stages(block, x, kv, pos):
+def stages(block, x, rope, kv, pos):
     """What the stages of a block compute: {name: flat tensor}; the arithmetic is in x's dtype."""
     c, C, HS = block.config, block.config.hidden, block.config.head_size
     xn1 = F.layer_norm(x, (C,), block.ln1_w, block.ln1_b, c.eps)
     xn2 = F.layer_norm(x, (C,), block.ln2_w, block.ln2_b, c.eps)
     qkv = F.linear(xn1, block.w_qkv, block.b_qkv).view(1, 1, c.n_head, 3, HS)
-    block.rotate(qkv[:, :, :, :2], pos)
+    block.rotate(qkv[:, :, :, :2], rope)
     q, k, v = qkv.permute(3, 0, 2, 1, 4)                                         # each [1, NH, 1, HS]
     keys, values = (torch.cat((old[..., :pos, :], new), 2) for old, new in zip(kv, (k, v), strict=True))
     o = F.scaled_dot_product_attention(q, keys, values)
     h = F.gelu(F.linear(xn2, block.w_up, block.b_up))
-    y = block(x, kv.clone(), pos)
+    y = block(x, rope, kv.clone(), pos)
     return {name: t.flatten() for name, t in zip(STAGES, (xn1, xn2, q, k, v, o, h, y), strict=True)}
 
 
@@ -227,8 +229,9 @@ def stage_errors(model, fused, plain, positions):
         fused.cache.normal_(generator=rng)
         fused.cache[..., pos:, :] = math.nan
         x, kv = helpers.hard_input(C, rng), fused.cache[1].clone()
-        truth = stages(exact, x.double().view(1, 1, C), kv.double(), pos)
-        theirs = stages(block, x.view(1, 1, C), kv, pos)
+        rope = model.rope[:, pos:pos + 1]
+        truth = stages(exact, x.double().view(1, 1, C), rope.double(), kv.double(), pos)
+        theirs = stages(block, x.view(1, 1, C), rope, kv, pos)
         fused.taps.fill_(math.nan)
         y = helpers.launch_block(fused, x, pos)
         ours = dict(zip(STAGES, (*fused.taps.split([C] * 6 + [model.config.mlp]), y), strict=True))

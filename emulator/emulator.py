@@ -393,7 +393,7 @@ class Emulator:
         x that is there."""
         k, model, last_layer = self.k, self.model, self.k.L if last_layer is None else last_layer
         self.position, self.range = position, (first_layer, last_layer, lm_head)
-        self.cos, self.sin = (table[position].double().numpy() for table in (model.rope_cos, model.rope_sin))
+        self.cos, self.sin = model.rope[:, position].double().numpy()
         self.logits, self.touched = np.full(k.V, np.nan), {"kv": np.zeros((k.L, k.NH, k.CTX), np.uint8)}
         self.touched["embed_out"] = {-1: np.zeros((k.V, k.C), np.uint8)}
         for name in ("w_qkv", "w_out", "w_up", "w_down"):

@@ -12,7 +12,8 @@ from contextlib import redirect_stderr, suppress
 import pytest
 
 import build
-from model import SIZES, Config, Refused
+from checkpoint import Refused
+from model import SIZES, Config
 from tests import helpers
 from tests.helpers import DEVICE, cut
 

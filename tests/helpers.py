@@ -13,7 +13,6 @@ from contextlib import redirect_stderr
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +22,9 @@ from transformers.utils import logging
 
 import build
 import generate
-from model import Config, Fused, Pythia, Refused, Sampler
+from build import Fused
+from checkpoint import Refused
+from model import Config, Pythia, Sampler
 
 HERE = Path(__file__).resolve().parents[1]
 TINY = generate.TINY
@@ -278,6 +279,7 @@ def launch_block(fused, x, pos):
     now = (x.nan_to_num(0, 0, 0).double() * 2.0**22).round().long()
     now[~x.isfinite()] = 1 << 47                                    # FIXED_NAN
     fused.residual[steps % 2] = now << 9 | steps // 2 % 2 << 8 | fused.clusters + 1
+    fused.next_layer = 1
     fused.launch(1, 2)
     return residual(fused)
 
@@ -288,10 +290,11 @@ class Watched:
 
     def __init__(self, fused):
         self.fused, self.wholes = fused, {}
-        for index, name in enumerate(("cache", "residual", "logits", "history", "state"), -8):
+        for index, name in enumerate(("cache", "residual", "logits", "history", "state"), -9):
             old = getattr(fused, name)
             size = old.nbytes + 2 * self.MARGIN
-            self.wholes[name] = torch.full((size,), 0x5a, dtype=torch.uint8, device=old.device)
+            whole = torch.full((size,), 0x5a, dtype=torch.uint8, device=old.device)
+            self.wholes[name] = whole.pin_memory() if old.is_pinned() else whole
             new = self.inside(self.wholes[name], old)
             new.copy_(old)
             assert fused.pointers[index] == old.data_ptr()
@@ -324,6 +327,8 @@ def report_tokens(name, fused, first, launches):
         fused.start(5, first)
         for n in launches:
             fused.launch(0, L, tokens=n)
+        if fused.device.type == "cuda":
+            torch.cuda.synchronize()  # the history is in the host's memory
         return (fused.logits.clone(), fused.cache[..., :end, :].clone(), fused.history.clone(),
                 fused.state[:2].clone(), residual(fused))
     fused.cache.normal_(generator=torch.Generator(fused.device).manual_seed(0))
@@ -335,11 +340,11 @@ def report_tokens(name, fused, first, launches):
 def report_edges(what, model, fused):
     block, C, V, pos, device = model.blocks[1], model.config.hidden, model.config.vocab, 100, fused.device
     rng, exact = torch.Generator(device).manual_seed(0), copy.deepcopy(block).double()
-    keys, values = fused.cache[1, :, 0]
+    (keys, values), rope = fused.cache[1, :, 0], model.rope[:, pos:pos + 1]
 
     def launch(x):
         kv = fused.cache[1].clone()
-        return launch_block(fused, x, pos), block(x.view(1, 1, C), kv.clone(), pos)[0, 0], kv
+        return launch_block(fused, x, pos), block(x.view(1, 1, C), rope, kv.clone(), pos)[0, 0], kv
     usual = hard_input(C, rng)
     large = torch.where(usual.abs() > 30, 60000 * usual.sign(), usual)
     flat = torch.ones_like(usual)
@@ -348,7 +353,8 @@ def report_edges(what, model, fused):
         fused.cache.normal_(generator=rng)
         keys *= times
         ours, fp16, kv = launch(x)
-        ratio, mine, theirs = against(ours, fp16, exact(x.double().view(1, 1, C), kv.double(), pos))
+        truth = exact(x.double().view(1, 1, C), rope.double(), kv.double(), pos)
+        ratio, mine, theirs = against(ours, fp16, truth)
         report(what, f"{case}: {mine:.1e} / fp16 {theirs:.1e}", ratio, 1)
     for case, value, where in (("Inf in x", math.inf, None), ("NaN in x", math.nan, None),
                                ("NaN in a key", math.nan, keys), ("Inf in a value", math.inf, values)):
@@ -374,7 +380,7 @@ def report_edges(what, model, fused):
                                ("one -Inf", best, -math.inf), ("all -Inf", slice(None), -math.inf)):
         head = model.embed_out.clone()
         model.embed_out[which] = value
-        chosen = Sampler()(fused(token, fused.cache, 50).flatten())
+        chosen = Sampler()(fused(token, fused.cache, 50).flatten(), 51)
         report(what, f"logits, {case}: token unlike {chosen}", int(fused.state[0]) != chosen)
         model.embed_out.copy_(head)
     fused.state[1] = model.config.context
@@ -410,13 +416,12 @@ class Simulated(Fused):
                             "-fvisibility=hidden", "-fPIC", "-shared", *macros, "-o", library,
                             HERE / "emulator" / "simulator.cpp"], check=True)
         self.library = ctypes.CDLL(str(library))
-        self.allocate(model, model.new_cache(), clusters * self.defines["CLUSTER"])
+        self.allocate(model, None, clusters * self.defines["CLUSTER"])
 
     def launch(self, first_layer, last_layer, tokens=0):
-        def synchronize():
-            sizes = (ctypes.c_longlong * len(self.tensors))(*(t.nbytes for t in self.tensors))
+        sizes = (ctypes.c_longlong * len(self.tensors))(*(t.nbytes for t in self.tensors))
+        self.seed += 1
+        with self.failures_explained():
             if not self.library.simulate(self.pointers, sizes, self.clusters, first_layer, last_layer,
                                          tokens, self.seed):
                 raise RuntimeError("the launch did not end as it should")
-        self.seed += 1
-        self.wait(SimpleNamespace(synchronize=synchronize))

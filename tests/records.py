@@ -9,7 +9,7 @@ import time
 import torch
 
 import build
-from model import Refused
+from checkpoint import Refused
 from tests.helpers import DEVICE, HERE, cut, multiprocessors
 
 
@@ -53,10 +53,11 @@ def record():
 SANITIZED = """
 from dataclasses import replace
 import torch
+from build import Fused
 from model import Config, Pythia
 config = replace(Config.from_name("pythia-31m"), n_layer=2, vocab=512)
 model = Pythia.random(config, 0, torch.float16, "cuda")
-fused = model.fuse(model.new_cache().zero_(), graph=False)
+fused = Fused(model, model.new_cache().zero_(), graph=False)
 fused.start(7, 40)
 for _ in range(3):
     fused.step()

@@ -18,7 +18,8 @@ import torch
 from torch.utils import cpp_extension
 
 import build
-from model import SIZES, Config, Fused, Pythia
+from build import Fused
+from model import SIZES, Config, Pythia
 from tests.helpers import HERE, TINY, exit_of, report, report_refusal, report_refused
 
 pytest_plugins = ["tests.fixtures"]

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import generate
-from model import Config, Pythia, Refused
+from checkpoint import Refused
+from model import Config, Pythia
 from tests import helpers
 from tests.helpers import (
     exit_of,

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import build
+from checkpoint import Refused
 from emulator import emulator
 from emulator.emulator import SOURCE, kernel_constants
-from model import SIZES, Config, Pythia, Refused
+from model import SIZES, Config, Pythia
 from tests.helpers import CLUSTERS, TINY, cut, filled_cache, report
 
 EMULATED_POSITIONS = (0, 1, 17, 1000, 2047)
@@ -70,6 +71,7 @@ def test_emulator(name, positions):
     else:
         model = Pythia.random(cut(name, vocab=1003), seed=7, dtype=torch.float16)
     model, unit = model.double(), 2.0**-36
+    model.rope = model.rope.double()  # or queries and keys would be rounded to float32
     L, C, V = model.config.n_layer, model.config.hidden, model.config.vocab
     block, step, cached, unused, wrong = [], [], [], 0, 0
     for cluster, clusters in ((1, 5), (2, 3), (4, model.config.n_head + 2), (8, 1)):
@@ -84,7 +86,8 @@ def test_emulator(name, positions):
             grid.residual[grid.steps % 2] = grid.to_word(x.numpy())
             grid.residual[grid.steps % 2] += grid.lacking(grid.residual[grid.steps % 2])
             grid.launch(token, position, 1, 2, lm_head=False)
-            truth = model.blocks[1](x.view(1, 1, C), cache[1], position)[0, 0].numpy()
+            rope = model.rope[:, position:position + 1]
+            truth = model.blocks[1](x.view(1, 1, C), rope, cache[1], position)[0, 0].numpy()
             block.append(np.abs(grid.x() - truth).max() / unit / (clusters / 2 + 0.1))
             unused += untouched(grid, [1], False)
 
