@@ -232,8 +232,8 @@ def plain_step(case, own_layout=False, bias_apart=False, two_streams=False, stat
     partner = torch.arange(HS, device=token.device)
     partner[:R] = partner[:R].roll(R // 2)
     cos, sin = (table(end, 3, HS, device=token.device) for table in (torch.ones, torch.zeros))
-    cos[:, :2, :R] = model.rope_cos[:end].repeat(1, 2)[:, None]
-    sin[:, :2, :R] = torch.cat((-model.rope_sin[:end], model.rope_sin[:end]), 1)[:, None]
+    cos[:, :2, :R] = model.rope[0, :end].repeat(1, 2)[:, None]
+    sin[:, :2, :R] = torch.cat((-model.rope[1, :end], model.rope[1, :end]), 1)[:, None]
     layout = torch.Tensor.contiguous if own_layout else torch.Tensor.detach
     layers = [(b, kv[..., :end, :].nan_to_num(), layout(b.w_out.T), layout(b.w_down.T))
               for b, kv in zip(model.blocks, case.cache)]

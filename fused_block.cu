@@ -174,8 +174,8 @@ constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  
 constexpr int WARP_TOKENS = 32 / TOKEN_LANES;      // [2]
 
 // The ring gets what shared memory has left. Beside it are x, sums and part_o; 25 * HS bytes of qkv, slice_o,
-// q, k_new, v_new and angles; dots, stats, part_m and part_l; 384 for the rest.
-constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS + 25 * HS / 4 + (2 * R + 4) * WARPS) + 384;
+// q, k_new, v_new and angles; dots, stats, part_m, part_l and vote; 416 for the rest.
+constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS + 25 * HS / 4 + (2 * R + 14) * WARPS) + 416;
 constexpr int STAGES = (SHARED_BYTES - FIXED_BYTES) / (STAGE_BYTES + 2 * BIAS_HALFS + 16);  // [10]: 205 KB
 
 static_assert(C % 128 == 0, "a row is dealt out to half-warps, 16 bytes a lane: C must be a multiple of 128");
@@ -202,13 +202,31 @@ struct Layer {  // weights, fp16, read only; the matrices are rows of C (see mod
   const half *w_down, *b_down;                // [F] rows, [C]
 };
 
+// What all blocks agree on at (5). Maxima and sums of integers do not depend on who comes first.
+struct Vote {
+  unsigned long long best;    // the largest rank of a token (rank_of)
+  unsigned long long drawn;   // the largest key, ranked alike, of the tokens that are ranked before the candidate
+  unsigned long long mass;    // the sum of exp((logit - largest) / temperature) over all tokens, in 2^-40
+  unsigned long long before;  // the same over tokens ranked before the candidate
+  unsigned long long count;   // how many these are
+};
+
+constexpr int KEPT = 4, GROUPS = TEAM / R;  // logits that a thread keeps, at most; threads that keep the same row
+
 struct State {  // global memory, kept between launches; the first four read before (0), written at the end
-  int token;                   // the next to be read: the last argmax, or -1 if its logit is not finite
-  int position;                // tokens in the cache
-  unsigned steps;              // layers so far; if odd, x is in the second residual buffer
-  unsigned made;               // tokens so far; all grids of a State have one size, for (5)
-  unsigned counter;            // (5): grows by one a block and token; never reset
-  unsigned long long best[2];  // largest logit so far, with its token, see S10; the other of the two is 0
+  int token;         // the next to be read: the last one chosen, or -1 if the logits are not finite
+  int position;      // tokens in the cache
+  unsigned steps;    // layers so far; if odd, x is in the second residual buffer
+  unsigned votes;    // votes so far; all grids of a State have one size, for (5)
+  unsigned counter;  // (5): grows by one a block and vote; never reset
+  Vote vote[3];      // vote n uses element n % 3, and n clears the next
+};
+
+struct Settings {  // of the sampler, written by the host
+  unsigned long long seed;
+  double top_p;       // 1 keeps all tokens
+  float temperature;  // 0: greedy
+  unsigned top_k;     // V keeps all tokens
 };
 
 // Host memory: report of a launch that gives up; seen: additions lacking at (4), blocks at (5), else parity.
@@ -221,9 +239,9 @@ struct Model {  // the kernel's one parameter: pointers only, the same for every
   half* cache;                   // [L][2][NH][CTX][HS] keys and values; a token writes a row of k and of v
   long long* residual;           // [2][C] words of x (chapter 6); who holds x is below
   float* logits;                 // [V]
-  int* history;                  // [CTX] the token chosen at each position
+  int* history;                  // [CTX] the token chosen at each position; host memory
   State* state;
-  const void* settings;
+  const Settings* settings;
   Failure* failure;
   float* taps;                   // -DTAPS
   unsigned long long* timeline;  // -DTIMELINE
@@ -237,10 +255,16 @@ struct Model {  // the kernel's one parameter: pointers only, the same for every
 // layer 0 finds the buffers as any layer does; it carries the embedding. `best` takes turns too: found before
 // (5), read after it, cleared at the next LM head, used at the one after.
 
+// Some of n rows, dealt out to blocks of equal shares: whole tiles in turn, the rest in one run each.
+struct Share {
+  int count, dealt, first_dealt, blocks, first_rest;
+  __device__ int at(int i) const { return i < dealt ? first_dealt + i * blocks : first_rest + i - dealt; }
+};
+
 // Who does what for a token. Depends on block, grid and position alone: every run divides work alike.
 struct Plan {
   int rank, cluster, clusters;
-  int first_unit, last_unit;    // hidden units of this block, in every layer
+  Share units;                  // hidden units of this block, in every layer
   int filler;                   // of these, how many to do while (1), and again while (2), is on its way
   int first_token, last_token;  // cached tokens of this rank, for every head
 };
@@ -260,7 +284,9 @@ struct alignas(128) Shared {                        // bytes      what; writer -
   float dots[2][TEAMS][R][TEAM_WARPS];              // 640        (c) two in turn, see dot_tile
   float stats[TEAMS][TEAM_WARPS][2];                // 80         (b) mean, squares; S1 -> S1; (g)
   float rope_cos[ROT / 2], rope_sin[ROT / 2];       // 80         (0) (f) of this position; until S10
-  Plan plan;                                        // 32         (0) (f) this block's; until S10
+  Plan plan;                                        // 44         (0) (f) this block's; until S10
+  Share rows;                                       // 20         (0) this block's rows of the LM head
+  Vote vote[WARPS];                                 // 400        (f) of a warp; S10 -> S10; next (g)
   int layer;                                        // 4          for the report of a failure
   uint64_t full[STAGES], empty[STAGES];             // 160        (F), (E)
   uint64_t qkv_ready, slice_ready, sums_ready;      // 24         (1), (2), (3)
@@ -364,6 +390,11 @@ __device__ void order_copies() { asm volatile("fence.proxy.async;" ::: "memory")
 __device__ longlong2 load_relaxed(const long long* p) {
   longlong2 v;
   asm volatile("ld.relaxed.gpu.global.v2.s64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p));
+  return v;
+}
+__device__ float load_relaxed(const float* p) {
+  float v;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(p));
   return v;
 }
 // An addition of which no result comes back: nobody waits for it, as an atomicAdd's caller may have to.
@@ -485,6 +516,32 @@ __device__ unsigned lacking(const longlong2& words, unsigned count) {
   return ((count - (unsigned)words.x) | (count - (unsigned)words.y)) % (1 << COUNT_BITS);
 }
 
+// Of two tokens the one with the larger logit is ranked before, of equal logits the smaller token; NaN is above all,
+// as in torch. A rank is 64 bits: the logit's bits in an order in which integers compare as the floats do, then ~token.
+__device__ unsigned long long rank_of(float logit, int token) {
+  const uint32_t bits = __float_as_uint(logit + 0.f);  // -0 becomes 0, its equal
+  const uint32_t order = logit != logit ? ~0u : bits >> 31 ? ~bits : bits | 1u << 31;
+  return (unsigned long long)order << 32 | ~(uint32_t)token;
+}
+__device__ int token_of(unsigned long long rank) { return (int)~(uint32_t)rank; }
+__device__ float logit_of(unsigned long long rank) {
+  const uint32_t order = rank >> 32;
+  return __int_as_float(order >> 31 ? order & ~(1u << 31) : ~order);
+}
+
+// Philox4x64-10 (Salmon et al., SC11), as numpy has it: four 64-bit words for each count of four tokens.
+__device__ float uniform(unsigned long long seed, int position, int token) {
+  unsigned long long c[4] = {token / 4 + 1ull, (unsigned long long)position, 0, 0}, key[2] = {seed, 0};
+  for (int i = 0; i < 10; i++) {
+    const unsigned long long a = 0xD2E7470EE14C6C93 * c[0], a_high = __umul64hi(0xD2E7470EE14C6C93, c[0]),
+                             b = 0xCA5A826395121157 * c[2], b_high = __umul64hi(0xCA5A826395121157, c[2]);
+    c[0] = b_high ^ c[1] ^ key[0], c[1] = b, c[2] = a_high ^ c[3] ^ key[1], c[3] = a;
+    key[0] += 0x9E3779B97F4A7C15, key[1] += 0xBB67AE8584CAA73B;
+  }
+  const unsigned long long word = token & 2 ? (token & 1 ? c[3] : c[2]) : (token & 1 ? c[1] : c[0]);
+  return __ull2float_rn(word) * 5.421010862427522e-20f;  // 2^-64
+}
+
 // 7. The stages ===========================================================================================
 // A card: math; owner, who computes which part; bytes that a block moves; syncs; why it is done like this.
 
@@ -497,6 +554,14 @@ constexpr int KV_WEIGHT = 3;
 static_assert(64ll * (8ll * HS * C + 2ll * KV_WEIGHT * HS * CTX + ATTENTION_BYTES) < 1ll << 31,
               "make_plan counts in 32 bits");
 
+// The share that block `index` of `blocks` has of rows first..first + n - 1: as many whole tiles as all can have,
+// dealt out in turn, so that blocks read near one another; then a run of what is left.
+__device__ Share deal(int first, int n, int index, int blocks) {
+  const int begin = n * index / blocks, end = n * (index + 1) / blocks;
+  const int dealt = n / blocks / TILE_ROWS * TILE_ROWS;
+  return {end - begin, dealt, first + index * TILE_ROWS, blocks, first + begin + dealt * (blocks - index)};
+}
+
 __device__ Plan make_plan(int block, int blocks, int position) {
   Plan p;
   p.rank = block % K; p.cluster = block / K; p.clusters = blocks / K;
@@ -505,20 +570,18 @@ __device__ Plan make_plan(int block, int blocks, int position) {
   const int head_bytes = (8 * HS * C + 2 * KV_WEIGHT * HS * position) / K + ATTENTION_BYTES;
   const int head_grains = 64 * head_bytes / C, fair_grains = (256 * F + head_grains * NH * K) / blocks;
   const int busy_grains = max(fair_grains - (heads + 1) * head_grains, 0);  // units of a busy block
-  const int rest_grains = (256 * F - busy_grains * busy) / (blocks - busy);
-  const int first_grain = busy_grains * min(block, busy) + rest_grains * max(block - busy, 0);
-  p.first_unit = first_grain / 256;
-  p.last_unit = block == blocks - 1 ? F : (first_grain + (block < busy ? busy_grains : rest_grains)) / 256;
+  const int busy_units = busy_grains * busy / 256;
+  const bool is_busy = block < busy;
+  p.units = is_busy ? deal(0, busy_units, block, busy)
+                    : deal(busy_units, F - busy_units, block - busy, blocks - busy);
   // Shares of whole tiles, rounded up: two a head, at (1) and (2). What is left comes last.
-  const int shares = 2 * (heads + (block < busy)) + 1;
-  p.filler = ceil_div(ceil_div(p.last_unit - p.first_unit, shares), TILE_ROWS) * TILE_ROWS;
+  const int shares = 2 * (heads + is_busy) + 1;
+  p.filler = ceil_div(ceil_div(p.units.count, shares), TILE_ROWS) * TILE_ROWS;
   const int tokens = ceil_div(position, K);
   p.first_token = min(tokens * p.rank, position);
   p.last_token = min(tokens * (p.rank + 1), position);
   return p;
 }
-
-__device__ int lm_head_row(int block) { return V * block / (int)gridDim.x; }  // the first that a block has
 
 __device__ void load_rope(const Model& m, Shared& s, int position, int threads) {
   for (int i = threadIdx.x; i < ROT / 2; i += threads) {
@@ -557,7 +620,7 @@ struct Producer {
     // (E) A new barrier answers as if a phase of parity 1 were complete, so the first lap does not wait.
     wait(m, s, &s.empty[ring.stage], ring.parity ^ 1, SYNC_EMPTY);
     unsigned long long now;
-    while ((now = global_ns()) < next) {}
+    while ((now = global_ns()) < next && next - now < 1'000'000) {}  // more: the clock was set back
     next = max(next, now - CLOCK_NS) + bytes * gridDim.x / PACE;
     barrier_expect(&s.full[ring.stage], bytes);  // (F)
   }
@@ -578,10 +641,11 @@ struct Producer {
       }
     }
   }
-  __device__ void units(const Layer& w, int& unit, int last) {
-    for (; unit < last; unit += TILE_ROWS) {
-      rows(w.w_up, w.b_up, unit, min(unit + TILE_ROWS, last));
-      rows(w.w_down, nullptr, unit, min(unit + TILE_ROWS, last));
+  __device__ void units(const Layer& w, const Share& share, int& done, int end) {
+    for (; done < end; done += TILE_ROWS) {
+      const int unit = share.at(done), n = min(TILE_ROWS, end - done);
+      rows(w.w_up, w.b_up, unit, unit + n);
+      rows(w.w_down, nullptr, unit, unit + n);
     }
   }
   // Not the newest token, which is still on its way to the cache: S5 has it in k_new and v_new.
@@ -594,32 +658,33 @@ struct Producer {
       ring.next();
     }
   }
-  __device__ void token(int first_layer, int last_layer, int position, bool is_first) {
+  __device__ void token(int first_layer, int last_layer, int position, bool is_first, bool lm_head) {
     const Plan plan = make_plan(blockIdx.x, gridDim.x, position);  // s.plan is of the workers' token
     for (int layer = first_layer; layer < last_layer; layer++) {
       const Layer& w = m.layers[layer];
-      int unit = plan.first_unit;
+      int done = 0;  // units
       for (int h = plan.cluster; h < NH; h += plan.clusters) {
         const int qkv = h * 3 * HS + plan.rank * QKV_ROWS, out = h * HS + plan.rank * OUT_ROWS;
         rows(w.w_qkv, w.b_qkv, qkv, qkv + QKV_ROWS);
-        units(w, unit, min(unit + plan.filler, plan.last_unit));
+        units(w, plan.units, done, min(done + plan.filler, plan.units.count));
         if (!is_first && layer == 0 && h == plan.cluster) {  // the token before, made here, is cached
           wait(m, s, &s.token_ready, token_parity, SYNC_TOKEN);  // (h)
           token_parity ^= 1;
           order_copies();
         }
         tokens(cache_row(m, layer, 0, h, 0), cache_row(m, layer, 1, h, 0), plan.first_token, plan.last_token);
-        units(w, unit, min(unit + plan.filler, plan.last_unit));
+        units(w, plan.units, done, min(done + plan.filler, plan.units.count));
         rows(w.w_out, nullptr, out, out + OUT_ROWS);
       }
-      units(w, unit, plan.last_unit);
+      units(w, plan.units, done, plan.units.count);
     }
+    if (lm_head)
+      for (int i = 0; i < s.rows.count; i += TILE_ROWS)
+        rows(m.embed_out, nullptr, s.rows.at(i), s.rows.at(i) + min(TILE_ROWS, s.rows.count - i));
   }
   __device__ void run(int first_layer, int last_layer, int first, int end, bool lm_head) {
-    for (int position = first; position < end; position++) {
-      token(first_layer, last_layer, position, position == first);
-      if (lm_head) rows(m.embed_out, nullptr, lm_head_row(blockIdx.x), lm_head_row(blockIdx.x + 1));
-    }
+    for (int position = first; position < end; position++)
+      token(first_layer, last_layer, position, position == first, lm_head);
     wait(m, s, &s.workers_done, 0, SYNC_FULL);  // stays for workers that may hang at (F): see PATIENCE
   }
 };
@@ -666,8 +731,7 @@ struct Worker {  // one thread's view
         const int r = part * R / PARTS + i;
         for (int p = 0; p < PIECES; p++) sums[r] = dot8(weights(i * TEAMS + team, p), x + 8 * p, sums[r]);
       }
-      if (part == 0 && has_bias && row < n)
-        bias = __half2float(s.bias[ring.stage][skip + row]);
+      if (part == 0 && has_bias && row < n) bias = __half2float(s.bias[ring.stage][skip + row]);
       release();  // (E)
     }
     float sum = reduce_rows(sums, lane);
@@ -866,7 +930,7 @@ struct Worker {  // one thread's view
 
     // Each lane takes its tokens of a stage at once, with one rescaling.
     constexpr int STRIDE = WARPS * WARP_TOKENS, BATCH = ceil_div(KV_TOKENS, STRIDE);
-    for (int t0 = s.plan.first_token; t0 < s.plan.last_token; t0 += KV_TOKENS) {
+      for (int t0 = s.plan.first_token; t0 < s.plan.last_token; t0 += KV_TOKENS) {
       const int n = min(KV_TOKENS, s.plan.last_token - t0);
       wait_full();  // (F)
       const half *k = s.ring[ring.stage] + d, *v = k + KV_TOKENS * HS;
@@ -952,9 +1016,9 @@ struct Worker {  // one thread's view
   //   bytes   4 * C a unit           syncs   (F) (E) a stage; (c) a tile
   //   why     it needs nothing but x, so it fills the time in which something else is on its way; Pythia is
   //           trained with gelu(a) = a/2 (1 + erf(a / sqrt 2)), from which that by tanh is off by up to 5e-4
-  __device__ void units(const Columns& xn2, int& unit, int last) {
-    for (; unit < last; unit += TILE_ROWS) {
-      const int n = min(TILE_ROWS, last - unit);
+  __device__ void units(const Columns& xn2, int& done, int end) {
+    for (; done < end; done += TILE_ROWS) {
+      const int unit = s.plan.units.at(done), n = min(TILE_ROWS, end - done);
       const float a = dot_tile(xn2, n, unit % 8, true);
       const float hidden = 0.5f * a * (1 + erff(a * 0.70710678f));
       if (row < n) TAP(TAP_H + unit + row, hidden);
@@ -1003,47 +1067,128 @@ struct Worker {  // one thread's view
     add_relaxed(x_next + c + 1, to_word(x.y + out.y + down.y) + lap - (unsigned long long)own_next.y);
   }
 
-  // (5) The counter only grows: nothing to reset, no phase to mix up; the difference is right where it wraps.
-  __device__ void grid_barrier(unsigned target) const {
+  // (5) A vote of all blocks. Each brings what its threads have found, and gets what all have found together.
+  // The counter only grows: nothing to reset, no phase to mix up; the difference is right where it wraps.
+  __device__ Vote vote(Vote mine, unsigned& votes) const {
+    Vote* const votes_of_all = m.state->vote;
+    Vote& all = votes_of_all[votes % 3];
+    if (blockIdx.x == 0 && tid == 0) votes_of_all[(votes + 1) % 3] = {};  // last read before the vote before
+    merge_lanes(mine);
+    if (lane == 0) s.vote[warp] = mine;
     workers_sync();  // (f)
+    if (warp == 0) {
+      mine = lane < WARPS ? s.vote[lane] : Vote{};
+      merge_lanes(mine);
+    }
+    votes++;
     if (tid == 0) {
+      atomicMax(&all.best, mine.best), atomicMax(&all.drawn, mine.drawn);
+      if (mine.mass) atomicAdd(&all.mass, mine.mass);
+      if (mine.count) atomicAdd(&all.before, mine.before), atomicAdd(&all.count, mine.count);
       unsigned* counter = &m.state->counter;
+      const unsigned target = votes * gridDim.x;
       arrive_release(counter);  // (5)
       const long long start = clock64();
       for (unsigned seen; (int)((seen = load_acquire(counter)) - target) < 0;)  // (5)
         if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_GRID, s.layer, target - seen);
     }
     workers_sync();  // (g)
+    return all;  // (5) acquired it, and (g) passes that on to all threads of the block: plain loads will do
   }
-
-  // S10 LM HEAD: logits = rows @ LNf(x), token = argmax
-  //   owner   a block has rows lm_head_row(block)..lm_head_row(block + 1) - 1
-  //   bytes   V * C * 2 / 132, 1.95 MB, 55 us     syncs   after (4); (F) (E) a stage; (c) a tile; then (5)
-  //   why     packed into 64 bits, (logit, token) is ordered by logit, then by smaller token, NaN above all
-  //           as in torch; and an integer maximum does not depend on the order in which blocks arrive
-  __device__ void lm_head(const Columns& x, int turn) {
-    const int last_row = lm_head_row(blockIdx.x + 1);
-    unsigned long long best = 0;
-    for (int first = lm_head_row(blockIdx.x); first < last_row; first += TILE_ROWS) {
-      const int n = min(TILE_ROWS, last_row - first), token = first + row;
-      const float logit = dot_tile(x, n, 0, false);
-      if (row < n) {
-        if (team_warp == 0 && lane % LANES < R) m.logits[token] = logit;
-        const uint32_t bits = __float_as_uint(logit + 0.f);  // -0 becomes 0, its equal
-        const uint32_t order = logit != logit ? ~0u : bits >> 31 ? ~bits : bits | 1u << 31;
-        best = max(best, (unsigned long long)order << 32 | ~(uint32_t)token);
-      }
+  __device__ static void merge_lanes(Vote& v) {
+    for (int w = 16; w >= 1; w /= 2) {
+      v.best = max(v.best, __shfl_xor_sync(~0u, v.best, w));
+      v.drawn = max(v.drawn, __shfl_xor_sync(~0u, v.drawn, w));
+      v.mass += __shfl_xor_sync(~0u, v.mass, w);
+      v.before += __shfl_xor_sync(~0u, v.before, w);
+      v.count += __shfl_xor_sync(~0u, v.count, w);
     }
-    for (int w = 16; w >= 1; w /= 2) best = max(best, __shfl_xor_sync(~0u, best, w));
-    if (lane == 0) atomicMax(&m.state->best[turn], best);
   }
 
-  // S10's token; -1 if its logit is not finite: beyond -FLT_MAX..FLT_MAX in that order. (5) acquired `best`,
-  // and (g) passes that on to all threads of the block, so a plain load will do.
-  __device__ int chosen(int turn) const {
-    const unsigned long long best = m.state->best[turn];
-    const bool finite = (uint32_t)(best >> 32) - (1u << 23) < 0xffu << 24;
-    return finite ? (int)~(uint32_t)best : -1;
+  // S10 LM HEAD: logits = rows @ LNf(x)
+  //   owner   a block has s.rows; a thread keeps the logit of row `row` of every GROUPS-th tile, KEPT at most
+  //   bytes   V * C * 2 / 132, 1.95 MB, 55 us     syncs   after (4); (F) (E) a stage; (c) a tile; then (5)
+  __device__ int kept_token(int k) const {  // whose logit it is; V: none
+    const int i = (k * GROUPS + piece / R) * TILE_ROWS;
+    return i + row < s.rows.count ? s.rows.at(i) + row : V;
+  }
+  __device__ void lm_head(const Columns& x, float (&logits)[KEPT]) {
+    for (int i = 0; i < s.rows.count; i += TILE_ROWS) {
+      const float logit = dot_tile(x, min(TILE_ROWS, s.rows.count - i), 0, false);
+#pragma unroll
+      for (int k = 0; k < KEPT; k++)
+        if (i == (k * GROUPS + piece / R) * TILE_ROWS) logits[k] = logit;
+    }
+#pragma unroll
+    for (int k = 0; k < KEPT; k++)
+      if (kept_token(k) < V) m.logits[kept_token(k)] = logits[k];
+  }
+
+  // Noise for the token at `position`: -T * log(E), E ~ Exp(1). It depends on nothing that is computed here, so
+  // it is made before (4), while x is on its way.
+  __device__ void draw_noise(int position, float (&noise)[KEPT]) const {
+    const float temperature = m.settings->temperature;
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) {
+      noise[k] = 0;
+      if (temperature > 0 && kept_token(k) < V)
+        noise[k] = -temperature * logf(-log1pf(-uniform(m.settings->seed, position, kept_token(k))));
+    }
+  }
+
+  // What this block has to say: of all its tokens, and of those ranked before the candidate.
+  __device__ Vote tally(const float (&logits)[KEPT], const float (&noise)[KEPT], float largest,
+                        unsigned long long candidate) const {
+    Vote v = {};
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) {
+      const int token = kept_token(k);
+      if (token == V) continue;
+      const unsigned long long rank = rank_of(logits[k], token);
+      const float part = expf((logits[k] - largest) / m.settings->temperature);
+      const unsigned long long mass = __float2ull_rz(part * (1ull << 40));
+      v.mass += mass;
+      if (rank <= candidate) continue;
+      v.before += mass, v.count++;
+      v.drawn = max(v.drawn, rank_of(logits[k] + noise[k], token));
+    }
+    return v;
+  }
+
+  // The token: argmax of logit + noise over the tokens that top-k and top-p keep; -1 if logits are not finite.
+  __device__ int choose(const float (&logits)[KEPT], const float (&noise)[KEPT], unsigned& votes) const {
+    Vote mine = {};
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) {
+      const int token = kept_token(k);
+      if (token == V) continue;
+      mine.best = max(mine.best, rank_of(logits[k], token));
+      mine.drawn = max(mine.drawn, rank_of(logits[k] + noise[k], token));
+    }
+    Vote all = vote(mine, votes);
+    const float largest = logit_of(all.best);
+    if (!(fabsf(largest) <= 3.4028235e38f)) return -1;
+    const Settings& settings = *m.settings;
+    const bool cut_k = settings.top_k < V, cut_p = settings.top_p < 1;
+    if (settings.temperature == 0 || !(cut_k || cut_p)) return token_of(all.drawn);
+
+    unsigned long long mass = 0;
+    if (cut_k && cut_p) {  // bisect for a rank that top_k tokens are ranked before
+      unsigned long long low = 0, high = all.best;
+      Vote found;
+      do {
+        const unsigned long long middle = low + (high - low) / 2;
+        found = vote(tally(logits, noise, largest, middle), votes);
+        (found.count > settings.top_k ? low : high) = middle;
+      } while (found.count != settings.top_k);
+      mass = found.before;
+    }
+    while (true) {
+      const int token = token_of(all.drawn);
+      all = vote(tally(logits, noise, largest, rank_of(load_relaxed(m.logits + token), token)), votes);
+      if (mass == 0) mass = all.mass;
+      if (all.count < settings.top_k && all.before < settings.top_p * mass) return token;
+    }
   }
 };
 
@@ -1079,18 +1224,24 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
   Shared& s = *reinterpret_cast<Shared*>(raw);
   State& state = *m.state;
   int token = state.token, position = state.position;
-  unsigned steps = state.steps, made = state.made;
+  unsigned steps = state.steps, votes = state.votes;
   const int end = min(position + max(tokens, 1), CTX);
   if (position >= end) return;  // no row left in the cache: all blocks leave, and nothing changes
 
   if (threadIdx.x == 0) {
     s.plan = make_plan(blockIdx.x, gridDim.x, position);
+    s.rows = deal(0, V, blockIdx.x, gridDim.x);
     for (int i = 0; i < STAGES; i++) barrier_init(&s.full[i], 1), barrier_init(&s.empty[i], WARPS);
     barrier_init(&s.qkv_ready, 1), barrier_init(&s.slice_ready, 1), barrier_init(&s.sums_ready, 1);
     barrier_init(&s.token_ready, 1), barrier_init(&s.workers_done, WARPS);
     barriers_exist();
   }
   load_rope(m, s, position, WORKERS + 32);
+  Worker w{m, s};
+  long long *x_now = m.residual + steps % 2 * C, *x_next = m.residual + (steps + 1) % 2 * C;
+  const bool carries = threadIdx.x < WORKERS && 2 * w.carried < C;
+  if (carries) w.own_now = load_relaxed(x_now + 2 * w.carried);  // before (0), so before any block adds to it
+  w.own_next = {0, 0};  // as the launch before has left it: by now others may have added to it
   cluster_sync();  // (0)
 
   if (threadIdx.x >= WORKERS) {
@@ -1099,13 +1250,9 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
   }
 
   const Plan& plan = s.plan;
-  Worker w{m, s};
   const bool is_thread_0 = blockIdx.x == 0 && w.tid == 0;  // of the grid
   Columns x, xn1, xn2;
-  long long *x_now = m.residual + steps % 2 * C, *x_next = m.residual + (steps + 1) % 2 * C;
-  const bool carries = 2 * w.carried < C;
-  if (carries) w.own_now = load_relaxed(x_now + 2 * w.carried);
-  w.own_next = {0, 0};  // as the launch before has left it: by now others may have added to it
+  float logits[KEPT] = {}, noise[KEPT] = {};
   Norms norms = w.load_norms(first_layer);
 
   for (int layer = first_layer; position < end;) {
@@ -1113,6 +1260,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     if (layer == 0) w.read_embedding(token, x);
     else {
       const unsigned count = plan.clusters + 1 + lap(steps);
+      if (layer == L) w.draw_noise(position + 1, noise);                // S10
       w.wait_for_x(x_now, count); MARK(MARK_START);                     // (4)
       w.read_residual(x_now, count, x);                                 // S0, (4)
     }
@@ -1121,18 +1269,16 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     w.affine(x, norms.w1, norms.b1, xn1);
 
     if (layer == L) {
-      if (is_thread_0) state.best[(made + 1) % 2] = 0; // chapter 4: all have read it
       if (position + 1 < end) {                        // plan, angles: all have used them before (a)
         if (w.tid == 0) s.plan = make_plan(blockIdx.x, gridDim.x, position + 1);
         load_rope(m, s, position + 1, WORKERS);
       }
-      w.lm_head(xn1, made % 2);                                         // S10
+      w.lm_head(xn1, logits);                                           // S10
       norms = w.load_norms(0);
-      w.grid_barrier((made + 1) * gridDim.x);                           // (5)
+      token = w.choose(logits, noise, votes);                           // S10, (5)
       if (w.tid == 0) barrier_arrive(&s.token_ready);                   // (h)
-      token = w.chosen(made % 2);
       if (is_thread_0) m.history[position] = token;
-      made++, position++, layer = 0;
+      position++, layer = 0;
       continue;
     }
 
@@ -1145,21 +1291,21 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     }
     MARK(MARK_NORM);
 
-    int unit = plan.first_unit;
+    int done = 0;  // units
     for (int h = plan.cluster; h < NH; h += plan.clusters) {
       w.qkv_rows(xn1, h); MARK(MARK_QKV);                               // S2
-      w.units(xn2, unit, min(unit + plan.filler, plan.last_unit));       // S8, while q, k, v travel
+      w.units(xn2, done, min(done + plan.filler, plan.units.count));       // S8, while q, k, v travel
       wait(m, s, &s.qkv_ready, w.head_parity, SYNC_QKV);                // (1)
       MARK(MARK_1);
       w.rotate_and_append(layer, h, position);                          // S3, S4
       w.attend(); MARK(MARK_ATTEND);                                    // S5
-      w.units(xn2, unit, min(unit + plan.filler, plan.last_unit));       // S8, while m, l, o travel
+      w.units(xn2, done, min(done + plan.filler, plan.units.count));       // S8, while m, l, o travel
       wait(m, s, &s.slice_ready, w.head_parity, SYNC_SLICE);            // (2)
       w.head_parity ^= 1;
       MARK(MARK_2);
       w.out_rows(h); MARK(MARK_OUT);                                    // S6, S7
     }
-    w.units(xn2, unit, plan.last_unit); MARK(MARK_UNITS);                // S8
+    w.units(xn2, done, plan.units.count); MARK(MARK_UNITS);                // S8
     w.cluster_reduce(); MARK(MARK_3);                                   // S9, (3)
     w.add_to_residual(x_next);
     norms = w.load_norms(layer + 1); MARK(MARK_ADDED);
@@ -1169,7 +1315,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
   if (w.lane == 0) barrier_arrive(&s.workers_done);
   if (carries) x_next[2 * w.carried] = x_next[2 * w.carried + 1] = 0;  // all have read it
   if (is_thread_0) {  // all have added to the x of the last (4), so have read these
-    state.token = token, state.position = position, state.steps = steps, state.made = made;
+    state.token = token, state.position = position, state.steps = steps, state.votes = votes;
   }
 }
 
@@ -1189,7 +1335,8 @@ static cudaLaunchConfig_t configure(cudaLaunchAttribute (&attributes)[2], int cl
 }
 
 // 10. Binding: plain C, called through ctypes. Functions return NULL, or what went wrong. =================
-#define CHECK(call) do { const cudaError_t e = (call); if (e) return cudaGetErrorString(e); } while (0)
+// CUDA keeps an error until it is asked for; cudaGetLastError takes it back, so that no later call finds it.
+#define CHECK(call) do { const cudaError_t e = (call); if (e) return cudaGetLastError(), cudaGetErrorString(e); } while (0)
 
 // How many clusters the device holds at once; the occupancy query takes the cluster attribute only.
 extern "C" const char* fused_prepare(int* clusters) {
@@ -1211,7 +1358,10 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
   if (first_layer < 0 || first_layer >= last_layer || last_layer > L || tokens < 0 ||
       (tokens > 0 && last_layer < L) || (tokens > 1 && first_layer > 0))
     return "no such range of layers: take 0 <= first < last <= L; several tokens need all layers";
-  if (clusters * K * WORKERS < C / 2) return "too few blocks to carry x: launch more clusters";
+  if (tokens > CTX) tokens = CTX;
+  if (clusters * K * WORKERS < C / 2 || clusters * K * WORKERS * KEPT < V)
+    return "too few blocks to carry x, or to keep the logits: launch more clusters";
+  if ((long long)V * clusters * K >= 1ll << 31) return "too many blocks for this vocabulary: launch fewer clusters";
   const Model& m = *reinterpret_cast<const Model*>(pointers);
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configure(attributes, clusters, stream);

@@ -144,7 +144,7 @@ class Block(nn.Module):
     def rotate(self, qk, rope):
         """RoPE (arXiv 2104.09864) in place, on the first ROT of HS dimensions of qk [B, N, NH, 2, HS]."""
         cos, sin = rope[:, :, None, None]                                         # [N, 1, 1, ROT/2] fp32
-        a, b = qk[..., :self.config.rotary_dims].to(cos.dtype).chunk(2, dim=-1)   # pairs (i, i + ROT/2)
+        a, b = qk[..., :self.config.rotary_dims].chunk(2, dim=-1)                 # pairs (i, i + ROT/2)
         qk[..., :self.config.rotary_dims] = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 

@@ -109,7 +109,7 @@ def report_blocks(name, model, decoders, repeats=3):
             fused.logits.fill_(math.nan)
             x, kv16 = helpers.hard_input(C, rng), fused.cache[1].clone()
             kv, rope = kv16.double(), model.rope[:, pos:pos + 1]
-            y = exact(x.double().view(1, 1, C), rope.double(), kv, pos)
+            y = exact(x.double().view(1, 1, C), rope, kv, pos)
             y16 = block(x.view(1, 1, C), rope, kv16, pos)
             watched.remember()
             ours = helpers.launch_block(fused, x, pos)
@@ -230,7 +230,7 @@ def stage_errors(model, fused, plain, positions):
         fused.cache[..., pos:, :] = math.nan
         x, kv = helpers.hard_input(C, rng), fused.cache[1].clone()
         rope = model.rope[:, pos:pos + 1]
-        truth = stages(exact, x.double().view(1, 1, C), rope.double(), kv.double(), pos)
+        truth = stages(exact, x.double().view(1, 1, C), rope, kv.double(), pos)
         theirs = stages(block, x.view(1, 1, C), rope, kv, pos)
         fused.taps.fill_(math.nan)
         y = helpers.launch_block(fused, x, pos)
@@ -324,7 +324,7 @@ SYNCS = {sync: (re.compile(wait), instead) for sync, wait, instead in (
     ("(d)", r"workers_sync\(\)(?=;\s+// \(d\)\n)", "false"),
     ("(e)", r"workers_sync\(\)(?=;\s+// \(e\)\n)", "false"),
     ("(f)", r"workers_sync\(\)(?=;\s+// \(f\)\n)", "false"),
-    ("(g), after (5)", r"workers_sync\(\)(?=;  // \(g\)\n  \}\n\n  // S10)", "false"),
+    ("(g), after (5)", r"workers_sync\(\)(?=;  // \(g\)\n    return all;)", "false"),
     ("(h)", r"wait\([^;]*SYNC_TOKEN\)", "false"),
     ("a launch's clear buffer", r"\{0, 0\}(?=;  // as the launch before)",
      "load_relaxed(x_next + 2 * min(w.carried, C / 2 - 1))"),
@@ -334,7 +334,7 @@ SYNCS = {sync: (re.compile(wait), instead) for sync, wait, instead in (
 CONTROLS = {"(g), after (4)", "nothing"}
 HANGS = {  # the sync at which a launch waits in vain: what is left out, and instead
     "(4)": ("c = tid; c < OWN", "c = blockIdx.x == 0 ? OWN : tid; c < OWN"),  # block 0 adds nothing to x
-    "(F)": ("if (lm_head) rows(", "if (false) rows(")}                        # no copies of the LM head
+    "(F)": ("if (lm_head)", "if (false)")}                                      # no copies of the LM head
 ON_GPU = ("(1)", "(2)", "(3)", "(4) and its poll")
 
 

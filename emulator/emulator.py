@@ -74,7 +74,22 @@ def kernel_constants(defines):
 
 # ---- who does what -----------------------------------------------------------------------------------------
 
-Plan = namedtuple("Plan", "rank cluster clusters first_unit last_unit filler first_token last_token")
+Plan = namedtuple("Plan", "rank cluster clusters units filler first_token last_token")
+
+
+class Share(namedtuple("Share", "count dealt first_dealt blocks first_rest")):
+    """Some rows that are one block's: whole tiles dealt out in turn to `blocks` blocks, then a run."""
+
+    def at(self, i):
+        """The row that is the block's `i`-th."""
+        return self.first_dealt + i * self.blocks if i < self.dealt else self.first_rest + i - self.dealt
+
+
+def deal(k, first, n, index, blocks):
+    """The share that block `index` of `blocks` has of rows first..first + n - 1."""
+    begin, end = n * index // blocks, n * (index + 1) // blocks
+    dealt = n // blocks // k.TILE_ROWS * k.TILE_ROWS
+    return Share(end - begin, dealt, first + index * k.TILE_ROWS, blocks, first + begin + dealt * (blocks - index))
 
 
 def make_plan(k, block, blocks, position):
@@ -85,22 +100,14 @@ def make_plan(k, block, blocks, position):
     head_grains = 64 * head_bytes // k.C
     fair_grains = (256 * k.F + head_grains * k.NH * k.K) // blocks
     busy_grains = max(0, fair_grains - (heads + 1) * head_grains)
-    rest_grains = (256 * k.F - busy_grains * busy) // (blocks - busy)
-    first_grain = busy_grains * min(block, busy) + rest_grains * max(0, block - busy)
-    first_unit = first_grain // 256
-    last_unit = (first_grain + (busy_grains if block < busy else rest_grains)) // 256
-    if block == blocks - 1:
-        last_unit = k.F
+    busy_units = busy_grains * busy // 256
+    units = (deal(k, 0, busy_units, block, busy) if block < busy else
+             deal(k, busy_units, k.F - busy_units, block - busy, blocks - busy))
     shares = 2 * (heads + (block < busy)) + 1
-    filler = ceil_div(ceil_div(last_unit - first_unit, shares), k.TILE_ROWS) * k.TILE_ROWS
+    filler = ceil_div(ceil_div(units.count, shares), k.TILE_ROWS) * k.TILE_ROWS
     tokens = ceil_div(position, k.K)
     first_token, last_token = min(tokens * rank, position), min(tokens * (rank + 1), position)
-    return Plan(rank, cluster, clusters, first_unit, last_unit, filler, first_token, last_token)
-
-
-def lm_head_row(k, block, blocks):
-    """The first row of the LM head that a block has."""
-    return k.V * block // blocks
+    return Plan(rank, cluster, clusters, units, filler, first_token, last_token)
 
 
 # What a stage of the ring holds: n rows of a matrix from `first` on, with the biases of `biases` rows; or, as
@@ -119,31 +126,33 @@ def producer(k, block, blocks, position, first_layer, last_layer, lm_head):
                 bias_bytes = ceil_div(row % 8 + n, 8) * 16 if biases else 0
                 yield Stage(matrix, layer, None, row + done, part, biases, part * k.C * 2 + bias_bytes)
 
-    def units(layer, first, last):
-        for j in range(first, last, k.TILE_ROWS):
-            yield from rows("w_up", layer, j, min(j + k.TILE_ROWS, last))
-            yield from rows("w_down", layer, j, min(j + k.TILE_ROWS, last))
+    def share_of(matrix, layer, share, done, end):
+        for i in range(done, end, k.TILE_ROWS):
+            row = share.at(i)
+            for name in matrix:
+                yield from rows(name, layer, row, row + min(k.TILE_ROWS, end - i))
 
     def tokens(layer, head, first, last):
         for t in range(first, last, k.KV_TOKENS):
             n = min(k.KV_TOKENS, last - t)
             yield Stage("kv", layer, head, t, n, 0, 2 * n * k.HS * 2)
 
-    plan = make_plan(k, block, blocks, position)
+    plan, mlp = make_plan(k, block, blocks, position), ["w_up", "w_down"]
     for layer in range(first_layer, last_layer):
-        unit = plan.first_unit
+        done, count = 0, plan.units.count
         for h in range(plan.cluster, k.NH, plan.clusters):
             qkv, out = h * 3 * k.HS + plan.rank * k.QKV_ROWS, h * k.HS + plan.rank * k.OUT_ROWS
             yield from rows("w_qkv", layer, qkv, qkv + k.QKV_ROWS)
-            yield from units(layer, unit, min(unit + plan.filler, plan.last_unit))
-            unit = min(unit + plan.filler, plan.last_unit)
+            yield from share_of(mlp, layer, plan.units, done, min(done + plan.filler, count))
+            done = min(done + plan.filler, count)
             yield from tokens(layer, h, plan.first_token, plan.last_token)
-            yield from units(layer, unit, min(unit + plan.filler, plan.last_unit))
-            unit = min(unit + plan.filler, plan.last_unit)
+            yield from share_of(mlp, layer, plan.units, done, min(done + plan.filler, count))
+            done = min(done + plan.filler, count)
             yield from rows("w_out", layer, out, out + k.OUT_ROWS)
-        yield from units(layer, unit, plan.last_unit)
+        yield from share_of(mlp, layer, plan.units, done, count)
     if lm_head:
-        yield from rows("embed_out", -1, lm_head_row(k, block, blocks), lm_head_row(k, block + 1, blocks))
+        share = deal(k, 0, k.V, block, blocks)
+        yield from share_of(["embed_out"], -1, share, 0, share.count)
 
 
 # ---- the workers -------------------------------------------------------------------------------------------
@@ -292,15 +301,15 @@ class Worker:
             self.axpy_tile(o[i:i + n] / l, n)
         self.slice_o[:], self.slice_ml[:] = np.nan, np.nan
 
-    def units(self, last):
-        """S8: from the unit at which the block stopped before up to `last`."""
-        last = min(last, self.plan.last_unit)
-        for j in range(self.unit, last, self.k.TILE_ROWS):
-            n = min(self.k.TILE_ROWS, last - j)
-            a = self.dot_tile(self.xn2, n, j % 8, True)
+    def units(self, end):
+        """S8: from the unit at which the block stopped before up to its `end`-th."""
+        end = min(end, self.plan.units.count)
+        for i in range(self.done, end, self.k.TILE_ROWS):
+            n = min(self.k.TILE_ROWS, end - i)
+            a = self.dot_tile(self.xn2, n, self.plan.units.at(i) % 8, True)
             bend = np.array([math.erf(value * 0.5**0.5) for value in a])
             self.axpy_tile(0.5 * a * (1 + bend), n)
-        self.unit = last
+        self.done = end
 
     def cluster_reduce(self):
         """S9: every team's y to the ranks that own the columns."""
@@ -319,9 +328,9 @@ class Worker:
     def lm_head(self, x):
         """S10: writes this block's logits, returns the best of them, packed with its token."""
         k, best = self.k, 0
-        first_row, last_row = (lm_head_row(k, self.block + i, self.grid.blocks) for i in (0, 1))
-        for first in range(first_row, last_row, k.TILE_ROWS):
-            n = min(k.TILE_ROWS, last_row - first)
+        share = deal(k, 0, k.V, self.block, self.grid.blocks)
+        for i in range(0, share.count, k.TILE_ROWS):
+            first, n = share.at(i), min(k.TILE_ROWS, share.count - i)
             self.grid.logits[first:first + n] = logits = self.dot_tile(x, n, 0, False)
             best = max(best, *(pack(logit, first + i) for i, logit in enumerate(logits)))
         return best
@@ -428,21 +437,21 @@ class Emulator:
         """One layer in the blocks of one cluster."""
         plan, k = ranks[0].plan, self.k
         for w in ranks:
-            w.y, w.unit = np.zeros((k.TEAMS, k.TEAM, k.COLS)), w.plan.first_unit
+            w.y, w.done = np.zeros((k.TEAMS, k.TEAM, k.COLS)), 0
             w.normalize()                                                   # S1
             w.xn1, w.xn2 = w.affine(layer, "ln1_w", "ln1_b"), w.affine(layer, "ln2_w", "ln2_b")
         for h in range(plan.cluster, k.NH, plan.clusters):
             for w in ranks:
                 w.qkv_rows(h)                                               # S2
-                w.units(w.unit + w.plan.filler)                             # S8, while q, k, v travel
+                w.units(w.done + w.plan.filler)                             # S8, while q, k, v travel
             for w in ranks:                                                 # (1)
                 w.rotate_and_append(layer, h)                               # S3, S4
                 w.attend(layer, h)                                          # S5
-                w.units(w.unit + w.plan.filler)                             # S8, while m, l, o travel
+                w.units(w.done + w.plan.filler)                             # S8, while m, l, o travel
             for w in ranks:                                                 # (2)
                 w.out_rows()                                                # S6, S7
         for w in ranks:
-            w.units(w.plan.last_unit)                                       # S8
+            w.units(w.plan.units.count)                                     # S8
             w.cluster_reduce()                                              # S9
         for w in ranks:                                                     # (3)
             w.add_to_residual(x_next)
@@ -486,7 +495,7 @@ def explain(name, cluster=None, arch="sm_90a", position=128, sms=132):
         plan, kb = make_plan(k, block, blocks, position), Counter()
         for stage in producer(k, block, blocks, position, 0, 1, False):
             kb[stage.matrix] += stage.bytes / 1e3
-        heads, units = range(plan.cluster, k.NH, clusters), plan.last_unit - plan.first_unit
+        heads, units = range(plan.cluster, k.NH, clusters), plan.units.count
         of_heads, of_units = kb["w_qkv"] + kb["w_out"], kb["w_up"] + kb["w_down"]
         work.append((len(heads), units, of_heads, kb["kv"], of_units, kb.total()))
     work = np.array(work)

@@ -53,6 +53,9 @@ uint32_t __float_as_uint(float f) { return bits<uint32_t>(f); }
 float __int_as_float(int i) { return bits<float>(i); }
 long long __float2ll_rn(float f) { return llrintf(f); }
 float __ll2float_rn(long long i) { return (float)i; }
+float __ull2float_rn(unsigned long long i) { return (float)i; }
+unsigned long long __float2ull_rz(float f) { return (unsigned long long)f; }
+unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned __int128)a * b >> 64; }
 float rsqrtf(float f) { return 1 / sqrtf(f); }
 using std::max;
 using std::min;
@@ -124,6 +127,7 @@ template <class T> T __shfl_sync(unsigned, T v, int lane, int width) {
 }
 
 template <class T> void atomicMax(T* p, T v) { *p = max(*p, v); }
+template <class T> void atomicAdd(T* p, T v) { *p += v; }
 int atomicCAS_system(int* p, int old, int v) { return *p == old ? std::exchange(*p, v) : *p; }
 void __threadfence_system() {}
 void __nanosleep(int) { yield(); }
@@ -190,6 +194,7 @@ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint6
 
 void order_copies() {}
 longlong2 load_relaxed(const long long* p) { yield(); return {p[0], p[1]}; }
+float load_relaxed(const float* p) { yield(); return *p; }
 void add_relaxed(long long* p, long long v) {
   (slow ? later : late).push_back([=] { *p += v; });
 }

@@ -353,7 +353,7 @@ def report_edges(what, model, fused):
         fused.cache.normal_(generator=rng)
         keys *= times
         ours, fp16, kv = launch(x)
-        truth = exact(x.double().view(1, 1, C), rope.double(), kv.double(), pos)
+        truth = exact(x.double().view(1, 1, C), rope, kv.double(), pos)
         ratio, mine, theirs = against(ours, fp16, truth)
         report(what, f"{case}: {mine:.1e} / fp16 {theirs:.1e}", ratio, 1)
     for case, value, where in (("Inf in x", math.inf, None), ("NaN in x", math.nan, None),
