@@ -172,7 +172,7 @@ def exact_logits(model, token, cache, pos):
     """Logits [V] float64 of one token [1, 1]. Block by block: a float64 copy of 12b would not fit."""
     x = F.embedding(token, model.embed_in).double()
     for block, kv in zip(model.blocks, cache):
-        x = copy.deepcopy(block).double()(x, kv.double(), pos)
+        x = copy.deepcopy(block).double()(x, model.rope[:, pos:pos + 1], kv.double(), pos)
     x = F.layer_norm(x, x.shape[-1:], model.lnf_w.double(), model.lnf_b.double(), model.config.eps)
     return F.linear(x, model.embed_out.double()).flatten()
 

@@ -116,7 +116,8 @@ def report_blocks(name, model, decoders, repeats=3):
             worst.append((*against(ours, y16, y), pos))
             appended.append([t[..., pos, :].double().flatten() for t in (fused.cache[1], kv16, kv)])
             unlike += sum(not torch.equal(helpers.launch_block(fused, x, pos), ours) for _ in range(repeats))
-            elsewhere += watched.changed(cache=(1, ..., pos, slice(None)), residual=..., state=slice(0, 8))
+            elsewhere += watched.changed(cache=(1, ..., pos, slice(None)), residual=..., state=slice(0, 3),
+                                         settings=...)
         ratio, mine, fp16, pos = max(worst)
         cluster = fused.defines["CLUSTER"]
         report(name, f"block, clusters of {cluster}, at {pos}: {mine:.1e} / fp16 {fp16:.1e}", ratio, 1)
@@ -468,7 +469,7 @@ class Table:
     def pytest_report_teststatus(self, report):
         """Rows stand instead of a dot for each test."""
         if report.when == "call" or report.skipped:
-            return report.outcome, "", ""
+            return report.outcome, "", report.outcome.upper()
         return None
 
 
@@ -486,7 +487,8 @@ def main(argv):
     os.environ["OMP_NUM_THREADS"] = str(os.cpu_count() // max(workers, 1))
     # the warning: transformers has imported a pytest plugin (anyio's) before pytest could
     no_remark = "-Wignore::pytest.PytestAssertRewriteWarning"
-    return pytest.main([str(helpers.HERE), "-qrs", f"-n{workers}", no_remark, *argv], plugins=[Table()])
+    options = ["-qrs", "-oconsole_output_style=classic", f"-n{workers}", no_remark]
+    return pytest.main([str(helpers.HERE), *options, *argv], plugins=[Table()])
 
 
 if __name__ == "__main__":

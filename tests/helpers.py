@@ -290,7 +290,8 @@ class Watched:
 
     def __init__(self, fused):
         self.fused, self.wholes = fused, {}
-        for index, name in enumerate(("cache", "residual", "logits", "history", "state"), -9):
+        written = ("cache", "residual", "logits", "history", "state", "settings")
+        for index, name in enumerate(written, -9):
             old = getattr(fused, name)
             size = old.nbytes + 2 * self.MARGIN
             whole = torch.full((size,), 0x5a, dtype=torch.uint8, device=old.device)

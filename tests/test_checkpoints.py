@@ -343,7 +343,7 @@ class MissingOnHub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module", autouse=True)
 def hub_runs(request, tmp_path_factory):
-    """{case: (words, process)} of test_hub_refusals; begun before this file's tests: one takes half a minute."""
+    """{case: (words, process)} of test_hub_refusals; begun before this file's tests, as one takes long."""
     if "test_hub_refusals" not in [item.name for item in request.session.items]:
         return None
     hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), MissingOnHub)
