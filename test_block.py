@@ -329,10 +329,11 @@ SYNCS = {sync: (re.compile(wait), instead) for sync, wait, instead in (
     ("(h)", r"wait\([^;]*SYNC_TOKEN\)", "false"),
     ("a launch's clear buffer", r"\{0, 0\}(?=;  // as the launch before)",
      "load_relaxed(x_next + 2 * min(w.carried, C / 2 - 1))"),
-    # controls: what only saves time, and a comment
-    ("(g), after (4)", r"workers_sync\(\)(?=;  // \(g\)\n  \}\n  __device__ void read_residual)", "false"),
-    ("nothing", "decode steps of Pythia", "steps"))}
-CONTROLS = {"(g), after (4)", "nothing"}
+    # a control: what only saves time
+    ("(g), after (4)", r"workers_sync\(\)(?=;  // \(g\)\n  \}\n  __device__ void read_residual)", "false"))}
+CONTROL = "(g), after (4)"
+NEEDS = {  # a shape that shows the absence: teams of several warps, in a long ring a whole token
+    "(b)": "70m", "(c)": "70m", "(F), in axpy_tile": "70m", "(h)": "ahead"}  # of others, a small one: "14m"
 HANGS = {  # the sync at which a launch waits in vain: what is left out, and instead
     "(4)": ("c = tid; c < OWN", "c = blockIdx.x == 0 ? OWN : tid; c < OWN"),  # block 0 adds nothing to x
     "(F)": ("if (lm_head)", "if (false)")}                                      # no copies of the LM head
@@ -341,13 +342,16 @@ ON_GPU = ("(1)", "(2)", "(3)", "(4) and its poll")
 
 @pytest.fixture(scope="module")
 def makers(simulated):
-    """Two ways to make a decoder from a source, {name: (function, what its launch computes)}."""
-    k = kernel_constants(build.constants(SMALL, cluster=2))
-    # a ring of two tiles: copies come at the last moment; and one that holds more than a whole token
-    short = {"SHARED_BYTES": k.FIXED_BYTES + 2 * k.PARTS * (k.STAGE_BYTES + 2 * k.BIAS_HALFS + 16)}
-    short = functools.partial(simulated, random_half(SMALL, "cpu"), 3, cluster=2, extra=short)
-    ahead = functools.partial(simulated, random_half(helpers.AHEAD, "cpu"), 3, cluster=2, threads=128)
-    return {name: (make, launched(make())) for name, make in (("short", short), ("ahead", ahead))}
+    """Three shapes of decoders, {name: (a function that makes one, what its launch computes)}."""
+    def maker(config, short_ring, **tuning):
+        k = kernel_constants(build.constants(config, cluster=2, **tuning))
+        two_tiles = k.FIXED_BYTES + 256 + 2 * k.PARTS * (k.STAGE_BYTES + 2 * k.BIAS_HALFS + 16)
+        extra = {"SHARED_BYTES": two_tiles} if short_ring else {}  # so that copies come at the last moment
+        return functools.partial(simulated, random_half(config, "cpu"), 3, cluster=2, extra=extra, **tuning)
+    layers = cut("pythia-14m", n_layer=3, mlp=64, vocab=64, context=512)
+    shapes = {"14m": maker(layers, True, threads=128), "70m": maker(SMALL, True),
+              "ahead": maker(helpers.AHEAD, False, threads=128)}
+    return {name: (make, launched(make())) for name, make in shapes.items()}
 
 
 def launched(fused):
@@ -362,17 +366,20 @@ def launched(fused):
 
 
 def test_simulated_orders(makers):
-    unlike = sum(not torch.equal(launched(fused), right)
-                 for make, right in makers.values() for fused in [make()] for _ in range(9))
-    report("on a CPU", "all syncs: orders of 18 with other bits", unlike)
+    unlike = 0
+    for name, orders in (("14m", 40), ("70m", 9), ("ahead", 9)):
+        make, right = makers[name]
+        fused = make()
+        unlike += sum(not torch.equal(launched(fused), right) for _ in range(orders))
+    report("on a CPU", "all syncs: orders of 58 with other bits", unlike)
 
 
 @pytest.mark.parametrize("sync", SYNCS)
 def test_simulated_sync(makers, patched, sync):
     """Without any of its syncs the kernel is wrong. On a GPU a race may hide; orders here are random. What
     shows the absence of a sync is other bits, or a launch that does not end."""
-    make, right = makers["ahead" if sync == "(h)" else "short"]
-    orders = 20 if sync in CONTROLS else 100
+    make, right = makers[NEEDS.get(sync, "14m")]
+    orders = 40 if sync == CONTROL else 100
 
     def first_unlike():
         fused = make(source=patched(*SYNCS[sync]))
@@ -383,7 +390,7 @@ def test_simulated_sync(makers, patched, sync):
             return fused.seed
         return math.inf
     order = helpers.in_fork(first_unlike, 120)  # what is broken may write anywhere
-    if sync in CONTROLS:
+    if sync == CONTROL:
         report("on a CPU", f"dropped {sync}: shown by one of {orders} orders", order < math.inf)
     else:
         report("on a CPU", f"dropped {sync}: shown by order number", order, orders)

@@ -64,7 +64,7 @@ using std::min;
 
 struct Barrier { int arrived = 0, phase = 0; };
 
-struct Warp { Barrier barrier; uint64_t lanes[32]; bool dawdles = false, ended = false; };
+struct Warp { Barrier barrier; uint64_t lanes[2][32]; bool dawdles = false, ended = false; };
 
 struct Block {
   std::unique_ptr<uint8_t[]> memory;
@@ -80,6 +80,8 @@ struct Fiber {
   ucontext_t begin;
   jmp_buf at;
   bool begun = false, ended = false;
+  const Barrier* barrier = nullptr;  // at which it waits
+  int phase;                         // for the end of this phase
 };
 
 constexpr int SHARED = SHARED_BYTES, STACK = 1 << 16;  // bytes
@@ -107,18 +109,18 @@ void yield() {
 void meet(Barrier& b, int threads) {
   const int phase = b.phase;
   if (++b.arrived == threads) b.arrived = idle = 0, b.phase++;
-  else while (b.phase == phase) yield();
+  else fiber->barrier = &b, fiber->phase = phase, yield();
 }
 bool chance(int of) { return rng() % of == 0; }
 
 Block& block() { return blocks[blockIdx.x]; }
 Warp& warp() { return block().warps[threadIdx.x / 32]; }
 void __syncwarp() { meet(warp().barrier, 32); }
-template <class T> T exchange(T v, int lane) {
-  memcpy(&warp().lanes[threadIdx.x % 32], &v, sizeof v);
+template <class T> T exchange(T v, int lane) {  // two arrays in turn: no lane is two barriers ahead
+  uint64_t* const lanes = warp().lanes[warp().barrier.phase % 2];
+  memcpy(&lanes[threadIdx.x % 32], &v, sizeof v);
   __syncwarp();
-  memcpy(&v, &warp().lanes[lane], sizeof v);
-  __syncwarp();
+  memcpy(&v, &lanes[lane], sizeof v);
   return v;
 }
 template <class T> T __shfl_xor_sync(unsigned, T v, int bit) { return exchange(v, threadIdx.x % 32 ^ bit); }
@@ -222,7 +224,8 @@ void run_thread() {
 
 void run_lane(Fiber* lane) {  // until it waits
   fiber = lane;
-  if (lane->ended || trapped) return;
+  if (lane->ended || trapped || (lane->barrier && lane->barrier->phase == lane->phase)) return;
+  lane->barrier = nullptr;
   if (_setjmp(scheduler)) return;
   if (lane->begun) _longjmp(lane->at, 1);
   lane->begun = true;
