@@ -89,7 +89,7 @@ def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, atte
     return {"HIDDEN": c.hidden, "HEADS": c.n_head, "HEAD_SIZE": c.head_size, "ROTARY": c.rotary_dims,
             "MLP": c.mlp, "VOCAB": c.vocab, "LAYERS": c.n_layer, "CONTEXT": c.context, "CLUSTER": cluster,
             "THREADS": threads, "ROWS": rows, "ATTENTION_BYTES": attention_kib * 1024,
-            "PACE": pace, "SHARED_BYTES": SHARED_BYTES[arch], **(extra or {})}
+            "PACE": pace, "SHARED_BYTES": SHARED_BYTES[arch], "MIN_BLOCKS": max(sms // 2, 1), **(extra or {})}
 
 
 def flags(defines, arch):
@@ -367,7 +367,7 @@ class Fused:
             sync, block, layer, seen = self.failure.tolist()
             if sync == 0:
                 raise
-            name = ["", "(1)", "(2)", "(3)", "(4)", "(5)", "(F)", "(E)", "(h)"][sync]
+            name = ["", "(1)", "(2)", "(3)", "(4)", "(5)", "(F)", "(E)", "(h)", "(6)"][sync]
             lacking = {4: f", where x lacked {seen} of its sums,",
                        5: f", where {seen} blocks had not arrived,"}.get(sync, "")
             raise RuntimeError(f"the fused kernel waited too long at sync {name}{lacking} in block {block}, "

@@ -1,474 +1,468 @@
-// fused_block.cu: decode steps of Pythia, several of them in one kernel launch.
+// fused_block.cu: one CUDA kernel for all of Pythia's decode step, from the embedding to the next token.
 //
-// 0. What it does, what it costs, how to read it ==========================================================
-// A launch makes one token, or several in a row. In PyTorch, with the stages (chapter 7) of each line:
+// 0. One token, and what it costs =========================================================================
+// To write one more token, a language model reads all of its weights once. This file does all of that step in
+// one *kernel*, a function that all threads of a GPU run together. One call of the kernel is a *launch*; it
+// makes one token, or up to 8 in a row.
 //
-//     x = embed_in[token]                                                              #      [C]
-//     for block in blocks:
-//         xn1, xn2 = layer_norm(x, ln1_w, ln1_b), layer_norm(x, ln2_w, ln2_b)          # S1   [C]
-//         q, k, v = (w_qkv @ xn1 + b_qkv).view(NH, 3, HS).unbind(1)                    # S2   [NH, HS]
-//         q, k = rope(q, position), rope(k, position)                                  # S3   [NH, HS]
-//         cache_k[:, position], cache_v[:, position] = k, v                            # S4   [NH, HS]
-//         p = softmax(einsum("hd,htd->ht", q, cache_k[:, :position + 1]) / sqrt(HS))   # S5   [NH, T+1]
-//         o = einsum("ht,htd->hd", p, cache_v[:, :position + 1])                       # S5-6 [NH, HS]
-//         h = gelu(w_up @ xn2 + b_up)                                                  # S8   [F]
-//         x = x + o.flatten() @ w_out + b_out + h @ w_down + b_down                    # S7-9 [C]
-//     logits = embed_out @ layer_norm(x, lnf_w, lnf_b)                                 # S10  [V]
-//     token = logits.argmax()                                                          # S10
+// In PyTorch the step is these lines. S0 to S10 are the *stages* in which the kernel does the same.
 //
-// Symbols, with their sizes for pythia-2.8b: C hidden size 2560, NH heads 32, HS head size 80, F MLP width
-// 10240, V vocabulary 50304, L layers 32, T tokens cached before this one; K thread blocks in a cluster, 2.
-// From here on a transformer block is a layer, and a block is CUDA's: a group of threads.
+//     x = embed_in[token]                                                          # S0     [C]
+//     for each layer:
+//         xn1, xn2 = layer_norm(x, ln1_w, ln1_b), layer_norm(x, ln2_w, ln2_b)      # S1     [C]
+//         q, k, v = (w_qkv @ xn1 + b_qkv).view(NH, 3, HS).unbind(1)                # S2     [NH, HS]
+//         q, k = rope(q, T), rope(k, T)                                            # S3     [NH, HS]
+//         cache_k[:, T], cache_v[:, T] = k, v                                      # S4     [NH, HS]
+//         p = softmax(einsum("hd,htd->ht", q, cache_k[:, :T + 1]) / sqrt(HS))      # S5     [NH, T + 1]
+//         o = einsum("ht,htd->hd", p, cache_v[:, :T + 1])                          # S5, S6 [NH, HS]
+//         h = gelu(w_up @ xn2 + b_up)                                              # S8     [MLP]
+//         y = o.flatten() @ w_out + h @ w_down                                     # S7, S8 [C]
+//         x = x + y + b_out + b_down                                               # S9     [C]
+//     logits = embed_out @ layer_norm(x, lnf_w, lnf_b)                             # S10    [V]
+//     token = argmax(logits + noise)                                               # S10    []
 //
-// The budget. At batch 1 every weight is used once a token, so a layer takes as long as its bytes at least:
-//     (4*C*C + 2*C*F) weights * 2 bytes           157.3 MB / 4.65 TB/s =   33.8 us a layer
-//     keys and values of T tokens: 4*C*T bytes     1.31 MB / 4.65 TB/s =    0.3 us a layer at T = 128
-//     L layers, and V*C*2 bytes of the LM head    5.333 GB / 4.65 TB/s = 1147   us a token
-// 4.65 TB/s is what a kernel that only reads got out of the H200 in results/ (of another: 4.55): 35.2 KB a us
-// for each of its 132 multiprocessors. The aim of all that follows: memory does not wait for arithmetic.
+//     symbol   meaning                                                       in pythia-2.8b
+//     C        width of x, the hidden size                                   2560
+//     NH, HS   attention heads of a layer; dimensions of a head              32, 80
+//     MLP      hidden units of a layer                                       10240
+//     V        tokens in the vocabulary                                      50304
+//     L        layers                                                        32
+//     T        tokens in the cache, and so the position of the new token     128 in all examples
 //
-// How to read. Chapter 1 is the picture, 2 the syncs, 3 and 4 sizes and places. Then 8, the kernel, with
-// stages (7) and inner loops (6) as you meet them. Take 5, PTX, on trust; 9 and 10 launch it all. emulator.py
-// is the same dataflow in Python; simulator.cpp runs this file on a CPU; README.md has times.
+// A *layer* is what Pythia's paper calls a transformer block, hence the name of this file. From here on, a
+// block is something else: a group of threads (chapter 2). The text explains pythia-2.8b on an H200; chapter
+// 13 says what the other nine sizes do differently.
+//
+// The budget. At batch 1 a weight is used once and then not again before the next token. So a layer takes at
+// least the time in which memory delivers its bytes:
+//     (4*C*C + 2*C*MLP) weights of 2 bytes         157.3 MB / 4.65 TB/s =   33.8 us a layer
+//     keys and values of T tokens: 4*C*T bytes      1.31 MB / 4.65 TB/s =    0.3 us a layer
+//     L layers, and 2*V*C bytes of the LM head     5.333 GB / 4.65 TB/s = 1147   us a token: the floor
+// 4.65 TB/s is what this H200 delivers to a kernel that does nothing but read (another H200: 4.55). The
+// kernel below takes 1216 us for a token, 6 % above the floor. Arithmetic is cheap beside that: a kernel that
+// leaves out all sums across threads, and GELU, gives wrong results, but no faster: 1280 -> 1277 to 1281 us.
+// So one goal explains nearly everything in this file: memory must never sit idle.
+//
+// How to read. Chapters 1 and 2 lead to chapter 3, the layer loop, which is the algorithm. Chapters 4 to 9
+// each take a problem that the loop leaves open. Chapter 10 divides the work, and chapter 11 tells one layer
+// in time. The rest is appendix. Every stage has a card: its math; who computes what; the bytes that a block
+// moves for it; its syncs. A *sync* is a point that a thread passes only after something that other threads
+// do has happened. Syncs have labels in brackets: (1) to (6) are the large ones, letters mark small ones
+// inside a block.
+//
+// Numbers like "1271 -> 2380 us" are the times of a token of 2.8b before and after one change. They come from
+// results/attempts.md and README.md, where other sizes stand too. Compare the two numbers of a pair, not
+// pairs: their base versions differ.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-// 1. The picture ==========================================================================================
-// Every matrix is stored as rows of C, so all but attention is two inner loops: dot(row, x) and y += a * row.
+// 1. Two loops ============================================================================================
+// All matrices of a layer can be stored as rows of C numbers. Rows of w_qkv and w_up are multiplied by x, so
+// they have this length anyway. w_out and w_down are stored transposed: one row for each element of o, and of
+// h. Then a layer has only two inner loops beside attention itself. In plain C++:
 //
-//         .-> LN1 -> S2 q,k,v rows -(1)-> S3 rope -> S5 attend -(2)-> S6 merge -> S7 out rows -.
-//         |                                  '----> S4 append k, v                              |
-//  x -> S0,S1                                                                                   S9 (3)(4)-> x
-//         |                                                                                     |
-//         '-> LN2 -> S8 hidden unit j: h_j = gelu(up row j . xn2 + b_j), y += h_j * down row j -'
+//     float dot(const half* row, const float* x) {           // a row and x make one number
+//       float sum = 0;
+//       for (int c = 0; c < C; c++) sum += row[c] * x[c];
+//       return sum;
+//     }
+//     void axpy(float a, const half* row, float* y) {        // a number times a row is added to y
+//       for (int c = 0; c < C; c++) y[c] += a * row[c];
+//     }
+//     void hidden_unit(int j) {                              // hidden unit j of the MLP: a row in, a row out
+//       const float h = gelu(dot(w_up + j * C, xn2) + b_up[j]);
+//       axpy(h, w_down + j * C, y);
+//     }
 //
-// y is what the layer adds to x. (1) (2) (3) are syncs of a cluster; (4) is the grid's, the only one in a
-// layer. The MLP needs none of its own: a hidden unit is one row in, one row out, and whoever computes h_j
-// adds all that it gives to y.
+// A hidden unit needs nothing but x, and its only result is an addition to y. So the MLP is 10240 jobs that
+// can run anywhere, in any order. A head needs x, too, and also ends in additions to y, but it has steps in
+// between that wait for one another:
 //
-// CUDA's levels, and who owns what, in numbers of 2.8b at T = 128:
-//   grid         all threads of a launch: 66 clusters, with one block on every multiprocessor of the GPU
-//                cluster               0         1     ...    31       32..65
-//                head                  0         1     ...    31       none
-//                hidden units       34 + 35   35 + 35  ... 35 + 35     117 to 119 a block
-//   cluster      K blocks that can write into one another's memory and share the work of a head; head h is
-//                done by cluster h mod (number of clusters). default_cluster in build.py chooses K
-//   rank         a block's number in its cluster. Each has 120 of a head's 3*HS rows of q, k, v; 64 of its
-//                cached tokens; 40 of its HS output rows; hidden units; 1280 columns of the cluster's y
-//   team         320 threads, C/8 (C/16 where C >= 4096), that hold one row between them; where C is small, a
-//                block has several, each with other rows: in 70m 4 of 64 threads, and tiles of 32 rows
-//   warp         32 threads that run mostly in step, and can read one another's registers (a shuffle): here
-//                a tenth of a row. It adds up its threads' products, and frees what it has read, (E)
-//   thread       a lane of a warp, with the same 8 columns, 16 bytes, of every row, x and y, in every layer
-//                (some small steps are shared out otherwise: S0, S3, S5, and the additions of S9):
-//                row of C   | 0..7     | 8..15    | 16..23   | ...                      | 2552..2559 |
-//                           | thread 0 | thread 1 | thread 2 | ...                      | thread 319 |
-//                dot        each multiplies its 8 columns by its 8 of x; the team adds up
-//                axpy       each adds a times its 8 columns to its 8 of y, in registers: nobody need meet
-//   producer     one lane of one more warp; the threads of the others are workers. It only starts copies of
-//                weights and cached tokens into the ring: STAGES slots of shared memory, filled and emptied
-//                in turn. It runs ahead, past syncs, layers and tokens, while a slot is empty, paced (claim)
+//         .-> LN1 -> S2 dot rows of q, k, v -> S3 rotate -> S5 attend -> S6 merge -> S7 axpy output rows -.
+//         |                                       '-> S4 append k, v to the cache                         |
+//     x --+                                                                                               y
+//         |                                                                                               |
+//         '-> LN2 -> S8 hidden unit j: dot up row j, gelu, axpy down row j -------------------------------'
+//                                                                                  S9: x = x + y + biases
 //
-// CUDA's words. Registers are a thread's own, shared memory (227 KiB) a block's; global memory, behind the L2
-// cache, is everybody's, and has weights, x, and cached keys and values. A multiprocessor is one of the GPU's
-// cores. A launch runs a `__global__` function once in every thread, which calls `__device__` ones.
-// threadIdx.x is a thread's number in its block, blockIdx.x the block's in the grid, gridDim.x how many there
-// are. __shfl_xor_sync(~0u, v, w) returns the v of the lane whose number is this lane's xor w, if all 32
-// lanes call it; __shfl_sync that of a given lane; at __syncwarp() the lanes meet. half is fp16, uint4 any 16
-// bytes, fmaf(a, b, c) a * b + c. PTX is the GPU's assembly language.
-//
-// Tile and stage. A stage without a number is a slot of the ring; S0 to S10 are the steps of chapter 7. A
-// tile is what one dot_tile finishes, 8 rows of 2.8b, for which the latency of shuffles and of (c) is paid
-// once. It comes in PARTS = 2 stages, so that the first is refilled while the second is read.
+// At one point of a layer every thread depends on all others: the next x needs every part of y. This is (4),
+// the only sync of the GPU's blocks in a layer. Once a token there is another, (5), for the choice.
 
-// 2. The syncs: points that some threads pass only when others have reached theirs ========================
-// m, l, o belong to a set of tokens: its largest score, which is q . k / sqrt(HS) in units of log(2); the sum
-// of 2^(score - m); that of 2^(score - m) * v.
-// A push is a store into another block's shared memory that counts its bytes on an mbarrier (below) there. An
-// inbox is an array that pushes go to. Peers are the other blocks of a cluster. The code repeats the ids.
-//  id   scope    publishes                         to                         without it
-//  (0)  cluster  barriers, plan, RoPE's angles     peers and all threads      a push into a block not there
-//  (1)  cluster  q, k, v of a head                 every rank                 attention with stale q, k or v
-//  (2)  cluster  m, l, o of a rank's tokens        the owners of parts of o   a rank's tokens are forgotten
-//  (3)  cluster  partial sums of y                 the owners of columns      x lacks a peer's contribution
-//  (4)  grid     x of the next layer               everybody                  LayerNorm of an unfinished x
-//  (5)  grid     the best logit; k, v; zero in     everybody                  a token from part of the logits
-//                the other `best`
-//  (F)  block    a stage of the ring is full       workers                    arithmetic on bytes not here
-//  (E)  block    a stage of the ring is empty      producer                   bytes overwritten while in use
-//  (a)  block    x, read once                      all teams                  columns of the layer before
-//  (b)  team     LayerNorm's parts, of warps       its threads                a mean from stale parts
-//  (c)  team     dot products' parts, of warps     its threads                dot products from stale parts
-//  (d)  block    q, and k and v in fp16; that      all warps; pushes of the   attention with half-rotated q
-//                S3 has read (1)'s inbox           next head
-//  (e)  block    m, l, o of a warp's tokens        one thread a dimension     a merge with the head before
-//  (f)  block    all that is for (5); the next     the thread that arrives    (5) counts a block not yet done
-//                plan and angles
-//  (g)  block    that (4), or (5), is passed       all threads                (4): right, but slow: all poll;
-//                                                                             (5): they run ahead of it
-//  (h)  block    that (5) is passed                producer                   copies of k, v not yet there
+// 2. Who owns what ========================================================================================
+// A GPU is many processors, 132 in an H200 (NVIDIA calls them multiprocessors). Each has 227 KiB of fast
+// memory of its own, called *shared memory* because the threads on this processor share it. All of them read
+// and write one large *global memory*, which holds the weights, the cache of keys and values, and x. CUDA
+// groups threads like this:
 //
-// (0) is the cluster's barrier instruction, (4) x itself, (5) a counter in global memory, (a) to (g) barriers
-// of threads. (1) (2) (3) (F) (E) (h) are mbarriers: words in shared memory that count arrivals and, but for
-// (E) and (h), bytes, so that the data itself releases whoever waits. A phase is one round: it completes when
-// all that it counts has come. The end of a launch is a sync too, for x, the cache's new rows and State.
+//     thread    has its own variables, in registers
+//     warp      32 threads that run mostly in step
+//     block     352 threads here, 11 warps, on one processor, with its shared memory. 132 blocks, one each
+//     cluster   2 neighbouring blocks, which can write into each other's shared memory. The number of a
+//               block in its cluster is its *rank*, 0 or 1
+//     grid      all of them: 66 clusters, 132 blocks
 //
-// No block arrives at (4). A word of x counts, in its lowest bits, the additions to it (chapter 6): it is
-// whole when every cluster and its carrier (chapter 4) have added. A counter beside x, as at (5), would have
-// to come after the sums, by a release, which waits until they have arrived: about 1 us while memory is busy.
+// Of the 352 threads of a block 320 are *workers*: they compute. One more is the *producer*: it does nothing
+// but start copies of the rows that its block will need, from global memory into a *ring* of slots in shared
+// memory (chapter 5). Its 31 neighbours in the last warp end at once.
 //
-// Nobody says that an inbox of (1), (2) or (3) is free again, as (E) does for the ring: before a peer pushes
-// into it again, it waits at a sync for the inbox's owner, who sends there only after reading.
-//     inbox of       read in  what its owner then sends                       a peer waits for it at
-//     (1) q, k, v    S3       m, l, o of this head, after (d)                 (2)
-//     (2) m, l, o    S6       each team rows of the next head's q, k, v, or y (1), or (3)
-//     (3) parts of y S9       each thread the sums of columns that it read    (4), where all are read
-// (A team that has output rows also has rows of q, k, v. Other teams read (2)'s inbox, but use none of it.)
-// Likewise nobody adds to a buffer of x, or clears `best`, before all have read it: he has passed a (4), for
-// which all had to add what they made of it. One bit, the parity, tells the phase of an mbarrier, as none
-// completes before all have seen the one before: (2) needs this block's own m, l, o, from after (d); at (h)
-// only the producer waits, and without its copies no worker reaches the next.
+//     what                                    is divided among        in shares of
+//     columns of every row, of x and of y     the workers of a block  8 columns, the same in all layers
+//     heads of a layer                        clusters                1 for clusters 0..31, 0 for 32..65
+//       rows of the head's q, k, v            ranks of its cluster    120 of 240
+//       cached tokens of the head             ranks                   64 of 128
+//       output rows of the head               ranks                   40 of 80
+//     hidden units of a layer                 blocks                  34 or 35 for blocks with a head,
+//                                                                     117 to 119 for the others
+//     columns of the sum of a cluster's y     ranks                   1280 of 2560
+//     rows of the LM head                     blocks                  381 or 382 of 50304
 //
-// No block leaves while pushes fly, its own or a peer's: it leaves after a (4) or (5), before which every
-// block has waited for all of its bytes of (1), (2) and (3). Leave out any one sync but (g) after (4), and
-// the result changes, or the launch does not end: test_block.py -k simulated_syncs shows it.
+//     a row      |  columns 0..7  |  columns 8..15  |  columns 16..23  |  ...  |  columns 2552..2559  |
+//                |    thread 0    |    thread 1     |     thread 2     |  ...  |      thread 319      |
+//     dot        each thread multiplies its 8 columns by its 8 of x, and then 320 sums have to be added up
+//     axpy       each thread adds its 8 columns, times a, to its 8 of y: no thread needs another one
 //
-// The same bits in every run: block, grid and position alone divide the work (Plan), sums in a cluster are
-// taken in the order of threads, warps, ranks and teams, and what comes in any order is integers (chapter 6).
+// Eight columns of fp16 are 16 bytes, the widest load from shared memory. x and y stay in registers: a thread
+// has its 8 columns of them from the beginning of a layer to the end.
+//
+// Why does a head need two blocks? A layer has 4*C + 2*MLP = 30720 rows, a fair share of 233 for each of the
+// 132 blocks. A head alone has 4*HS = 320. One block with a whole head would be late, and all others would
+// wait for it at (4): clusters of 1 take 1542 us a token instead of 1204. With clusters of 2, a block has 160
+// rows of a head, and hidden units fill it up to its share. Clusters of 4 and 8 take 1203 and 1204 us, so
+// default_cluster in build.py chooses the smallest that fits.
 
-// 3. Configuration ========================================================================================
-// build.py gives -D constants: the shape, and CLUSTER, THREADS, ROWS, SHARED_BYTES, and of chapter 7 PACE
-// (claim) and ATTENTION_BYTES (make_plan). The rest follows. Values for 2.8b are in brackets.
+// 3. The layer loop =======================================================================================
+// The loop below is one worker's. It needs a few sizes first; their values for 2.8b stand in brackets. Names
+// in capitals that this file does not define, such as HIDDEN, come from build.py, on nvcc's command line.
+// `__device__` marks functions that run on the GPU.
 
-constexpr int C = HIDDEN, NH = HEADS, HS = HEAD_SIZE, ROT = ROTARY;
-constexpr int F = MLP, V = VOCAB, L = LAYERS, CTX = CONTEXT;
-constexpr int K = CLUSTER, R = ROWS;
-constexpr float LN_EPS = 1e-5f;
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Threads. A row is dealt out in pieces of 16 bytes, the most that one load from shared memory brings.
-constexpr int PIECES = C < 4096 ? 1 : 2;        // pieces of a row that one thread owns [1]
-constexpr int COLS = 8 * PIECES;                // columns that one thread owns [8]
-constexpr int TEAM = C / COLS;                  // threads that hold one row [320]
-constexpr int TEAMS = ceil_div(THREADS, TEAM);  // teams in a block [1]: enough for THREADS [256] or more
-constexpr int WORKERS = TEAM * TEAMS;           // threads that compute [320]; the producer's warp is extra
-constexpr int WARPS = WORKERS / 32;             // of workers [10]
+constexpr int C = HIDDEN, NH = HEADS, HS = HEAD_SIZE, ROT = ROTARY, V = VOCAB, L = LAYERS, CTX = CONTEXT;
+constexpr int K = CLUSTER;                      // blocks in a cluster [2]
+constexpr int PIECES = C < 4096 ? 1 : 2;        // pieces of 16 bytes of a row that a worker owns [1]
+constexpr int COLS = 8 * PIECES;                // columns that a worker owns [8]
+constexpr int TEAM = C / COLS;                  // workers that hold one row between them: a team [320]
+constexpr int TEAMS = ceil_div(THREADS, TEAM);  // teams in a block; chapter 13 has shapes with more [1]
+constexpr int WORKERS = TEAM * TEAMS;           // threads of a block that compute [320]
+
+typedef float Columns[COLS];                    // registers: one worker's columns of x, y or a LayerNorm
+struct Norms { uint4 w1[PIECES], b1[PIECES], w2[PIECES], b2[PIECES]; };  // its LayerNorms' gains and biases
+
+struct Share {  // some rows of a matrix that are one block's (chapter 10)
+  int count, dealt, first_dealt, blocks, first_rest;
+  __device__ int at(int i) const;  // the row that is the block's i-th, for multiples i of a tile's rows
+};
+
+struct Plan {  // the share of one block in the work on one token (chapter 10)
+  int rank, cluster, clusters;
+  Share units;                  // its hidden units, in every layer
+  int filler;                   // how many of them to do during each of the two waits for the cluster
+  int first_token, last_token;  // its cached tokens, for every head: first_token .. last_token - 1
+};
+
+struct Ring {  // where a thread is in the ring of slots (chapter 5)
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ void advance();
+};
+
+struct Model;   // global memory: behind the loop
+struct Shared;  // a block's shared memory: behind the loop
+
+struct Worker {
+  // Runs layers first_layer .. last_layer - 1 of `token` at `position`, chooses the next token, goes on with
+  // that one, and stops at position `end`. `steps` counts layers over all launches.
+  //
+  // The shape is: for each token { for each layer {...} choose }. It is written as one loop, in which layer L
+  // is the choice, because the choice begins like a layer, with S0 and S1.
+  //
+  // mark() is a stopwatch, tap() a probe for tests. The shipped kernel contains neither (chapter 18).
+  __device__ void run(const Plan& plan, int first_layer, int last_layer, int new_tokens,
+                      int token, int position, int end, unsigned steps) {
+    Columns x, xn1, xn2;                                            // this thread's columns, in registers
+    long long *x_now = buffer(steps), *x_next = buffer(steps + 1);  // all of x, in global memory: chapter 8
+    begin(first_layer);
+
+    for (int layer = first_layer; position < end;) {
+      // S0. Read x, as soon as every cluster of the grid has added to it: (4).
+      read_x(layer, token, x_now, steps, x);
+      if (layer == last_layer && new_tokens == 0) break;  // a launch that makes no token ends here
+
+      // S1. Normalize x, once for both LayerNorms. Apply the first one's gain and bias, for the heads.
+      normalize(x);
+      affine(x, norms.w1, norms.b1, xn1);
+
+      // S10. After the last layer, compute the logits and choose the next token: (5).
+      if (layer == L) {
+        token = next_token(xn1, position, end);
+        position++, layer = 0;
+        continue;
+      }
+
+      // S9, first part. Add x itself and the biases to x_next: one thread of the grid for each column.
+      carry(layer, token, x_next, steps);
+
+      // S1. Apply the second one's gain and bias, for the hidden units.
+      affine(x, norms.w2, norms.b2, xn2);
+
+      // Clear y. In it, this thread will collect what the block adds to its columns.
+      for (int i = 0; i < COLS; i++) {
+        y[i] = 0;
+        tap(TAP_XN1 + column(i), xn1[i]), tap(TAP_XN2 + column(i), xn2[i]);
+      }
+      mark(MARK_NORM, layer);
+
+      int done = 0;  // hidden units of this layer, so far
+      for (int h = plan.cluster; h < NH; h += plan.clusters) {  // this cluster's heads: one or none
+        // S2. Compute this rank's rows of q, k, v. Send them to all ranks of the cluster.
+        qkv_rows(xn1, h); mark(MARK_QKV, layer);
+
+        // S8. Do some hidden units while q, k and v are on their way. Then wait for q, k and v: (1).
+        units(xn2, done, min(done + plan.filler, plan.units.count));
+        wait_for_qkv(); mark(MARK_1, layer);
+
+        // S3, S4. Rotate q and k by the position. Append k and v to the cache.
+        rotate_and_append(layer, h, position);
+
+        // S5. Attend to this rank's share of the tokens. Send the result to the other ranks.
+        attend(); mark(MARK_ATTEND, layer);
+
+        // S8. Do some more hidden units while results are on their way. Then wait for the results: (2).
+        units(xn2, done, min(done + plan.filler, plan.units.count));
+        wait_for_slices(); mark(MARK_2, layer);
+
+        // S6, S7. Merge the results into o. Add this rank's output rows, each times its o, to y.
+        out_rows(h); mark(MARK_OUT, layer);
+      }
+
+      // S8. Do the hidden units that are left.
+      units(xn2, done, plan.units.count); mark(MARK_UNITS, layer);
+
+      // S9, second part. Send y to the ranks that own its columns, and wait for theirs: (3). Add up the
+      // columns that this rank owns, and add the sums to x_next.
+      cluster_reduce(); mark(MARK_3, layer);
+      add_to_residual(x_next);
+
+      // Start to load the gains and biases of the next layer. They do not depend on x.
+      norms = load_norms(layer + 1); mark(MARK_ADDED, layer);
+
+      // Swap the buffers: x_next is the next layer's x, and the old x is what the next layer adds to.
+      long long* const x_last = x_now;
+      x_now = x_next, x_next = x_last, own_next = own_now, steps++, layer++;
+    }
+    finish(x_next, token, position, steps);
+  }
+
+  // Declarations, in the order of the chapters that explain them. There is nothing to read here yet.
+  // 4. dot tile and axpy tile
+  __device__ uint4 weights(int slot_row, int p) const;
+  __device__ float dot_tile(const Columns& in, int n, int skip, bool has_bias);
+  __device__ void axpy_tile(float a, int n);
+  // 5. The ring
+  __device__ void wait_full() const;
+  __device__ void release();
+  // 6. LayerNorm and hidden units
+  __device__ Norms load_norms(int layer) const;
+  __device__ void normalize(Columns& x) const;
+  __device__ void affine(const Columns& x, const uint4* gain, const uint4* bias, Columns& out) const;
+  __device__ void units(const Columns& xn2, int& done, int end);
+  // 7. A head on a cluster
+  __device__ void cluster_gather(float* place, float value, bool valid, uint64_t* ready) const;
+  __device__ void qkv_rows(const Columns& xn1, int h);
+  __device__ void wait_for_qkv() const;
+  __device__ void rotate_and_append(int layer, int h, int position) const;
+  __device__ void attend();
+  __device__ void push_slice() const;
+  __device__ void wait_for_slices();
+  __device__ void out_rows(int h);
+  __device__ void cluster_reduce();
+  // 8. x between layers
+  __device__ long long* buffer(unsigned steps) const;
+  __device__ void carry(int layer, int token, long long* x_next, unsigned steps) const;
+  __device__ void add_to_residual(long long* x_next) const;
+  __device__ void read_x(int layer, int token, const long long* x_now, unsigned steps, Columns& x);
+  __device__ void wait_for_x(const long long* x_now, unsigned wanted) const;
+  __device__ void read_residual(const long long* x_now, unsigned wanted, Columns& x);
+  __device__ const half* embedding(int token) const;
+  __device__ void read_embedding(int token, Columns& x) const;
+  // 9. The LM head, and the next token
+  __device__ int kept_token(int k) const;
+  __device__ void lm_head(const Columns& in, int position);
+  __device__ void vote(unsigned long long candidate);
+  __device__ ulonglong2 tally(float largest, unsigned long long candidate, bool with_count);
+  __device__ int choose();
+  __device__ int next_token(const Columns& xn, int position, int end);
+  // 10. The division of work, and the kernel
+  __device__ void prepare(int at) const;
+  __device__ void load_carried(const long long* x_now);
+  __device__ void begin(int first_layer);
+  __device__ void finish(long long* x_next, int token, int position, unsigned steps) const;
+  // 18. Taps and marks
+  enum Tap { TAP_XN1 = 0, TAP_XN2 = C, TAP_Q = 2 * C, TAP_K = 3 * C, TAP_V = 4 * C, TAP_O = 5 * C,
+             TAP_H = 6 * C };
+  enum Mark { MARK_START, MARK_NORM, MARK_QKV, MARK_1, MARK_ATTEND, MARK_2, MARK_OUT, MARK_UNITS, MARK_3,
+              MARK_ADDED, MARKS };
+  __device__ void tap(int where, float value) const;
+  __device__ void mark(Mark event, int layer) const;
+
+  // The columns of this thread: element i of its Columns is column(i) of x, here 8 * tid + i.
+  __device__ int column(int i) const { return (i / 8 * TEAM + team_thread) * 8 + i % 8; }
+
+  const Model& m;                           // global memory
+  Shared& s;                                // the block's shared memory
+  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+  const int team = TEAMS == 1 ? 0 : tid / TEAM, team_thread = TEAMS == 1 ? tid : tid % TEAM;  // 0, tid
+  const int team_warp = team_thread / 32;   // the same as warp
+  const int row = lane % ROWS * TEAMS + team;  // which row of a tile ends in this lane: chapter 4
+  Ring ring;                                // chapter 5
+  int flip = 0;                             // chapter 4
+  uint32_t head_parity = 0, sums_parity = 0;  // of (1) and (2), and of (3): chapter 7
+  Columns y;                                // what the block adds to this thread's columns of x
+  const int carried = (gridDim.x - 1 - blockIdx.x) * WORKERS + tid;  // chapter 8
+  longlong2 own_now, own_next;              // chapter 8
+  Norms norms;                              // gains and biases of the LayerNorms that come next
+  static constexpr int KEPT = ceil_div(V, MIN_BLOCKS * WORKERS);  // logits that a worker keeps: chapter 9
+  float logits[KEPT], noise[KEPT];          // chapter 9
+};
+
+// What must change together when a stage is added? The loop above calls it. If it reads rows, the producer
+// has to copy these rows at the same point of the same order (chapter 5). If some blocks have more of it than
+// others, make_plan has to count its bytes (chapter 10). If it needs shared memory, FIXED_BYTES below has to
+// grow with Shared. New weights go into Layer below and into Block in model.py, at the same place.
+// emulator.py repeats all this in Python, and a tap lets the tests compare the stage with float64.
+
+// ---- Where things lie: sizes -----------------------------------------------------------------------------
+// A *tile* is 8 rows that are multiplied together (chapter 4). It takes two *slots* of the ring (chapter 5).
+
+constexpr int WARPS = WORKERS / 32;             // warps of workers [10]
 constexpr int LANES = TEAM < 32 ? TEAM : 32;    // lanes of a warp that belong to the same team [32]
-constexpr int TEAM_WARPS = TEAM / LANES;        // warps of a team [10]; 1 where it is one, or half of one
+constexpr int TEAM_WARPS = TEAM / LANES;        // warps of a team [10]
 
-constexpr int TILE_ROWS = R * TEAMS;            // rows in a tile, R for each team [8]
-constexpr int PARTS = 2;                        // stages that a tile comes in
-constexpr int STAGE_ROWS = TILE_ROWS / PARTS;   // [4]
-constexpr int STAGE_BYTES = STAGE_ROWS * C * 2; // [20480]
-constexpr int BIAS_HALFS = ceil_div(TILE_ROWS, 8) * 8 + 8;  // biases of a tile, see Producer::rows [16]
+constexpr int TILE_ROWS = ROWS * TEAMS;         // rows of a tile, ROWS for each team [8]
+constexpr int HALF_TILES = 2;                   // slots that a tile takes
+constexpr int HALF_TILE_ROWS = TILE_ROWS / HALF_TILES;      // [4]
+constexpr int SLOT_BYTES = HALF_TILE_ROWS * C * 2;          // [20480]
+constexpr int TILE_BIASES = ceil_div(TILE_ROWS, 8) * 8 + 8; // room for its biases, see Producer::rows [16]
 
-constexpr int QKV_ROWS = 3 * HS / K;            // of the rows of one head's q, k, v [120]
-constexpr int OUT_ROWS = HS / K;                // of its output rows, and as many dimensions of o [40]
+constexpr int QKV_ROWS = 3 * HS / K;            // a rank's rows of the q, k, v of a head [120]
+constexpr int OUT_ROWS = HS / K;                // a rank's output rows of a head: its dimensions of o [40]
 constexpr int OWN = C / K;                      // columns that a rank sums for its cluster [1280]
-constexpr int PAIRS = ceil_div(C / 2, WORKERS); // pairs of columns of x that a thread reads, at most [4]
 
-constexpr int KV_TOKENS = STAGE_BYTES / (4 * HS);  // cached tokens in a stage: half of it k, half v [64]
-constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // lanes for a token [16]
-constexpr int WARP_TOKENS = 32 / TOKEN_LANES;      // [2]
+// ---- Where things lie: global memory ---------------------------------------------------------------------
 
-// The ring gets what shared memory has left. Beside it are x, sums and part_o; 25 * HS bytes of qkv, slice_o,
-// q, k_new, v_new and angles; dots, stats, part_m, part_l and vote; 416 for the rest.
-constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS + 25 * HS / 4 + (2 * R + 14) * WARPS) + 416;
-constexpr int STAGES = (SHARED_BYTES - FIXED_BYTES) / (STAGE_BYTES + 2 * BIAS_HALFS + 16);  // [10]: 205 KB
-
-static_assert(C % 128 == 0, "a row is dealt out to half-warps, 16 bytes a lane: C must be a multiple of 128");
-static_assert(NH * HS == C, "the heads together are as wide as the residual stream");
-static_assert(WORKERS % 32 == 0 && WORKERS + 32 <= 1024, "whole warps, and at most 1024 threads in a block");
-static_assert(TEAM % 32 == 0 || 32 % TEAM == 0,
-              "a team is whole warps, or a warp whole teams: C / 8 (C / 16 from 4096 on) must divide so");
-static_assert(TEAM_WARPS == 1 || TEAMS <= 14, "a team of several warps has a named barrier; a block has 16");
-static_assert((R & (R - 1)) == 0 && R <= LANES && R % PARTS == 0,
-        "reduce_rows folds a power of two of rows over a team's lanes, and a tile comes in equal parts");
-static_assert(HS % (2 * K) == 0 && HS % 8 == 0, "ranks share a head's rows evenly; lanes take 8 dimensions");
-static_assert(OWN % 8 == 0, "a rank owns whole pieces of a row");
-static_assert(HS <= WORKERS, "one thread for each dimension of a head merges the warps' attention");
-static_assert(STAGES >= 2 * PARTS, "two tiles: one being read, one on its way; take fewer ROWS");
-
-// 4. Memory map ===========================================================================================
-
-typedef float Columns[COLS];  // registers: a thread's columns of x, y or LN(x), fp32
-struct Layer {  // weights, fp16, read only; the matrices are rows of C (see model.py)
+struct Layer {  // weights in fp16, which no launch writes; every matrix is rows of C
   const half *ln1_w, *ln1_b, *ln2_w, *ln2_b;  // [C]
   const half *w_qkv, *b_qkv;                  // [NH][3][HS] rows, and as many biases
   const half *w_out, *b_out;                  // [NH][HS] rows, [C]
-  const half *w_up, *b_up;                    // [F] rows, [F]
-  const half *w_down, *b_down;                // [F] rows, [C]
+  const half *w_up, *b_up;                    // [MLP] rows, [MLP]
+  const half *w_down, *b_down;                // [MLP] rows, [C]
 };
 
-// What all blocks agree on at (5). Maxima and sums of integers do not depend on who comes first.
-struct Vote {
-  unsigned long long best;    // the largest rank of a token (rank_of)
-  unsigned long long drawn;   // the largest key, ranked alike, of the tokens that are ranked before the candidate
-  unsigned long long mass;    // the sum of exp((logit - largest) / temperature) over all tokens, in 2^-40
-  unsigned long long before;  // the same over tokens ranked before the candidate
-  unsigned long long count;   // how many these are
+struct alignas(16) Maxima { unsigned long long best, drawn; };  // of (5), chapter 9
+struct State {  // what a launch leaves to the next one
+  int token;           // the token to be read next; -1 if the last logits were not finite
+  int position;        // tokens in the cache
+  unsigned steps;      // layers that are done; if odd, x is in the second residual buffer
+  unsigned votes;      // how often the grid has voted: (5), chapter 9
+  unsigned counter;    // of (5): blocks that have voted
+  Maxima maxima[3];    // of (5): the vote now, the next one, and the last one
+  longlong2 tally[2];  // of (6), chapter 9
 };
 
-constexpr int KEPT = 4, GROUPS = TEAM / R;  // logits that a thread keeps, at most; threads that keep the same row
-
-struct State {  // global memory, kept between launches; the first four read before (0), written at the end
-  int token;         // the next to be read: the last one chosen, or -1 if the logits are not finite
-  int position;      // tokens in the cache
-  unsigned steps;    // layers so far; if odd, x is in the second residual buffer
-  unsigned votes;    // votes so far; all grids of a State have one size, for (5)
-  unsigned counter;  // (5): grows by one a block and vote; never reset
-  Vote vote[3];      // vote n uses element n % 3, and n clears the next
-};
-
-struct Settings {  // of the sampler, written by the host
+struct Settings {  // of the sampler, written by the host: chapter 9
   unsigned long long seed;
-  double top_p;       // 1 keeps all tokens
-  float temperature;  // 0: greedy
-  unsigned top_k;     // V keeps all tokens
+  double top_p;        // 1 keeps all tokens
+  float temperature;   // 0 takes the likeliest token
+  unsigned top_k;      // V keeps all tokens
 };
 
-// Host memory: report of a launch that gives up; seen: additions lacking at (4), blocks at (5), else parity.
-struct Failure { int sync, block, layer, seen; };
+struct Failure { int sync, block, layer, seen; };  // host memory: of a launch that gave up, chapter 16
 
-struct Model {  // the kernel's one parameter: pointers only, the same for every launch
+struct Model {  // the kernel's parameter: pointers only, the same in every launch
   Layer layers[L];
   const half *embed_in, *lnf_w, *lnf_b, *embed_out;  // [V] rows, [C], [C], [V] rows
-  const float *rope_cos, *rope_sin;                  // [CTX][ROT/2]
-  half* cache;                   // [L][2][NH][CTX][HS] keys and values; a token writes a row of k and of v
-  long long* residual;           // [2][C] words of x (chapter 6); who holds x is below
+  const float *rope_cos, *rope_sin;                  // [CTX][ROT / 2], of the RoPE angles of each position
+  half* cache;                   // [L][2][NH][CTX][HS] keys and values
+  long long* residual;           // [2][C] the two buffers of x (chapter 8)
   float* logits;                 // [V]
-  int* history;                  // [CTX] the token chosen at each position; host memory
+  int* history;                  // [CTX] the token chosen at each position, in host memory
   State* state;
   const Settings* settings;
   Failure* failure;
-  float* taps;                   // -DTAPS
-  unsigned long long* timeline;  // -DTIMELINE
+  float* taps;                   // chapter 18
+  unsigned long long* timeline;  // chapter 18
 };
 
-// The residual buffers take turns; only a launch's end clears one, for the next launch to begin with:
-//     layer l       0: x, read                            1: x of layer l - 1, to which all add
-//     layer l + 1   0: x of layer l, to which all add     1: x, read
-// Each word has a carrier, one thread of the grid. Before the sums of y or after, it adds the x that it has
-// read, less the word that it read in this buffer a layer ago (carry). The LM head adds nothing to x, so
-// layer 0 finds the buffers as any layer does; it carries the embedding. `best` takes turns too: found before
-// (5), read after it, cleared at the next LM head, used at the one after.
+__device__ half* cache_row(const Model& m, int layer, int kv, int head, int token) {  // kv: 0 key, 1 value
+  return m.cache + (((size_t)(layer * 2 + kv) * NH + head) * CTX + token) * HS;
+}
 
-// Some of n rows, dealt out to blocks of equal shares: whole tiles in turn, the rest in one run each.
-struct Share {
-  int count, dealt, first_dealt, blocks, first_rest;
-  __device__ int at(int i) const { return i < dealt ? first_dealt + i * blocks : first_rest + i - dealt; }
-};
+// ---- Where things lie: one block's shared memory, 231936 bytes -------------------------------------------
+// The ring gets what is left: 205 KB, 10 slots. FIXED_BYTES is at least the size of everything else: x, sums
+// and warp_o; 25 * HS bytes for qkv, slice_o, q, k_new, v_new and the RoPE angles; the other arrays with an
+// entry for each warp; and 512 bytes for all small things.
+constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS + 25 * HS / 4 + (2 * ROWS + 8) * WARPS) + 512;
+constexpr int SLOTS = (SHARED_BYTES - FIXED_BYTES) / (SLOT_BYTES + 2 * TILE_BIASES + 16);  // [10]
 
-// Who does what for a token. Depends on block, grid and position alone: every run divides work alike.
-struct Plan {
-  int rank, cluster, clusters;
-  Share units;                  // hidden units of this block, in every layer
-  int filler;                   // of these, how many to do while (1), and again while (2), is on its way
-  int first_token, last_token;  // cached tokens of this rank, for every head
-};
-
-// One block's shared memory: 231936 bytes of 2.8b. What is copied, or read as 16 bytes, is aligned to 16.
-struct alignas(128) Shared {                        // bytes      what; writer -> reader; until
-  half ring[STAGES][STAGE_ROWS * C];                // 10 x 20480 rows, or k and v; producer -> workers; (E)
-  alignas(16) half bias[STAGES][BIAS_HALFS];        // 10 x 32    of a tile, in the place of its first stage
-  alignas(16) float sums[K * TEAMS][OWN];           // 10240      (3) inbox, from all teams; S9 -> S9; (4)
-  alignas(16) float x[C];                           // 10240      (a) S0 -> S0; next layer
-  float qkv[3 * HS];                                // 960        (1) inbox; S2 -> S3; (d)
-  float slice_o[K][OUT_ROWS], slice_ml[K][2];       // 336        (2) inbox, by rank; S5 -> S6; next (1)
-  alignas(16) float q[HS];                          // 320        (d) times the softmax scale; S3 -> S5; (e)
-  alignas(16) half k_new[HS], v_new[HS];            // 320        (d) as the cache has them; S3 -> S5; (e)
-  float part_o[WARPS][HS], part_m[WARPS],
-      part_l[WARPS];                                // 3280       (e) of a warp's tokens; S5 -> S5; next (d)
-  float dots[2][TEAMS][R][TEAM_WARPS];              // 640        (c) two in turn, see dot_tile
-  float stats[TEAMS][TEAM_WARPS][2];                // 80         (b) mean, squares; S1 -> S1; (g)
-  float rope_cos[ROT / 2], rope_sin[ROT / 2];       // 80         (0) (f) of this position; until S10
-  Plan plan;                                        // 44         (0) (f) this block's; until S10
-  Share rows;                                       // 20         (0) this block's rows of the LM head
-  Vote vote[WARPS];                                 // 400        (f) of a warp; S10 -> S10; next (g)
-  int layer;                                        // 4          for the report of a failure
-  uint64_t full[STAGES], empty[STAGES];             // 160        (F), (E)
-  uint64_t qkv_ready, slice_ready, sums_ready;      // 24         (1), (2), (3)
-  uint64_t token_ready, workers_done;               // 16         (h); keeps the producer, see PATIENCE
+// Come back to this list when a chapter uses a name from it. Copies by the producer, and loads of 16 bytes at
+// once, need addresses that are multiples of 16.
+struct alignas(128) Shared {                        // bytes       chapter, and what
+  half ring[SLOTS][HALF_TILE_ROWS * C];             // 10 x 20480  5  rows of weights; or keys and values
+  alignas(16) half bias[SLOTS][TILE_BIASES];        // 10 x 32     5  a tile's biases, beside its first slot
+  alignas(16) float sums[K * TEAMS][OWN];           // 10240       7  y from every rank, this rank's columns
+  alignas(16) float x[C];                           // 10240       8  x, read once for all threads
+  float qkv[3 * HS];                                // 960         7  q, k, v of a head, from all ranks
+  float slice_o[K][OUT_ROWS], slice_top_l[K][2];    // 336         7  attention's results, from all ranks
+  alignas(16) float q[HS];                          // 320         7  q, rotated and scaled
+  alignas(16) half k_new[HS], v_new[HS];            // 320         7  the new token's k and v, as in the cache
+  float warp_o[WARPS][HS], warp_top[WARPS],
+      warp_l[WARPS];                                // 3280        7  attention's results, from every warp
+  float warp_dots[2][TEAMS][ROWS][TEAM_WARPS];      // 640         4  a tile's dot products, from every warp
+  float warp_stats[TEAMS][TEAM_WARPS][2];           // 80          6  LayerNorm's statistics, from every warp
+  float rope_cos[ROT / 2], rope_sin[ROT / 2];       // 80          10 RoPE's angles at this position
+  ulonglong2 warp_votes[WARPS], agreed;             // 176         9  of every warp, and of the grid
+  longlong2 tally_before[2];                        // 32          9  State::tally, as the last (6) left it
+  Settings settings;                                // 24          9
+  float candidate;                                  // 4           9  the logit of the token in agreed
+  unsigned votes, tallies;                          // 8           9  how many there have been; thread 0's
+  Plan plan;                                        // 44          10
+  Share rows;                                       // 20          10 the block's rows of the LM head
+  int layer;                                        // 4           16 the layer that a failure is reported in
+  uint64_t full[SLOTS], empty[SLOTS];               // 160         5  (F), (E)
+  uint64_t qkv_ready, slice_ready, sums_ready;      // 24          7  (1), (2), (3)
+  uint64_t token_ready, workers_done;               // 16          9  (h); 16
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory: FIXED_BYTES is wrong");
 
-enum SyncId {  // in Failure::sync
-  SYNC_QKV = 1, SYNC_SLICE, SYNC_SUMS, SYNC_X, SYNC_GRID, SYNC_FULL, SYNC_EMPTY, SYNC_TOKEN
-};
+// 4. dot tile and axpy tile ===============================================================================
+// The problem. To add up the products of a row, all 320 threads have to be combined. Within a warp, a thread
+// can read a register of another one, which is called a *shuffle*. A thread's number in its warp is its
+// *lane*. To combine all 32 lanes takes a chain of 5 shuffles: from the lane 1 away, then 2, 4, 8 and 16
+// away, each waiting for the one before. Then the 10 warps exchange their sums through shared memory, with a
+// sync. Done for every single row, this *reduction* would take longer than memory needs to deliver the row.
+//
+// The answer. Combine 8 rows at once, a *tile*. All workers first multiply their columns of 8 rows, and keep
+// 8 sums in registers. Then one reduction serves all 8 rows. With 2 rows a tile, a token takes 1984 us; with
+// 4, 1236; with 8, 1204. With 16, shared memory holds only two tiles at a time: 1272 -> 2132 us.
+//
+// This chapter takes it for granted that the next tile is in shared memory. In 2.8b, TEAMS and PIECES are 1,
+// so `team` is 0, and a loop over p runs once.
 
-// For tests and measurements, all at compile time, so that the shipped kernel pays nothing:
-//   -DTAPS       stages write what they compute to Model::taps; y keeps its bits
-//   -DTIMELINE   thread 0 of every block writes the time, in ns, at each MARK of a layer
-#ifdef TAPS  // offsets into Model::taps; a new one needs room in model.py, a name in test_block.py's STAGES
-enum { TAP_XN1 = 0, TAP_XN2 = C, TAP_Q = 2 * C, TAP_K = 3 * C, TAP_V = 4 * C, TAP_O = 5 * C, TAP_H = 6 * C };
-#define TAP(where, value) (m.taps[where] = (value))
-#else
-#define TAP(where, value) ((void)0)
-#endif
-
-enum Mark { MARK_START, MARK_NORM, MARK_QKV, MARK_1, MARK_ATTEND, MARK_2, MARK_OUT, MARK_UNITS, MARK_3,
-            MARK_ADDED, MARKS };
-#ifdef TIMELINE  // [blocks][L + 1][MARKS]
-#define MARK(event) do { if (threadIdx.x == 0) \
-    m.timeline[((size_t)blockIdx.x * (L + 1) + layer) * MARKS + (event)] = global_ns(); } while (0)
-#else
-#define MARK(event) ((void)0)
-#endif
-
-// 5. Toolbox: a function for each PTX instruction that CUDA C++ has no word for ===========================
-// "memory" forbids the compiler to move reads and writes across the instruction: data could be read too soon.
-
-// Shared-memory addresses as the instructions below want them: 32 bits, in this block's window, not 64.
-__device__ uint32_t smem(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-
-// The same place in the shared memory of a rank of the cluster; a plain pointer always means our own.
-__device__ uint32_t peer(const void* place, int rank) {
-  uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem(place)), "r"(rank));
-  return address;
-}
-// Push (chapter 2). A load would cost a round trip; after a plain store, both blocks would have to meet.
-__device__ void push(uint32_t to, float v, uint32_t barrier) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
-               :: "r"(to), "r"(__float_as_uint(v)), "r"(barrier) : "memory");
-}
-__device__ void push4(uint32_t to, const float* v, uint32_t barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
-      :: "r"(to), "r"(__float_as_uint(v[0])), "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])),
-         "r"(__float_as_uint(v[3])), "r"(barrier) : "memory");
-}
-
-// An mbarrier. Bytes may land before they are expected: the phase stays open until then.
-__device__ void barrier_init(uint64_t* b, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(smem(b)), "r"(arrivals) : "memory");
-}
-__device__ void barrier_arrive(uint64_t* b) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(smem(b)) : "memory");
-}
-// Arrives, and expects bytes on top. An arrival alone would complete the phase before the bytes are here.
-__device__ void barrier_expect(uint64_t* b, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-               :: "r"(smem(b)), "r"(bytes) : "memory");
-}
-// Whether the phase is still open; sleeps a while if so. Acquires for the thread that asks, and for no other:
-// every reader asks for itself. Peers' pushes take cluster scope, which empties the L1 cache every time.
-#define TRY_WAIT(scope) "{\n.reg .pred p;\n" \
-    "mbarrier.try_wait.parity.acquire." scope ".shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 0, 1, p;\n}"
-__device__ bool barrier_open(uint64_t* b, uint32_t parity, bool by_peers = false) {
-  uint32_t open;
-  if (by_peers) asm volatile(TRY_WAIT("cluster") : "=r"(open) : "r"(smem(b)), "r"(parity) : "memory");
-  else asm volatile(TRY_WAIT("cta") : "=r"(open) : "r"(smem(b)), "r"(parity) : "memory");
-  return open;
-}
-// Peers and bulk copies see the barriers initialised so far; without it they may count on garbage.
-__device__ void barriers_exist() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ void cluster_sync() {  // all threads of all blocks of the cluster meet
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// Bulk copy (TMA), global to shared: `full` counts its bytes. Addresses and size are multiples of 16. Loads
-// by the workers would need registers for a whole ring. The policy lets L2 evict these bytes first: nobody
-// reads them again before the next token, unlike x, which everybody reads.
-__device__ uint64_t read_once_policy() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-__device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint64_t policy) {
-  asm volatile(
-  "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-      :: "r"(smem(to)), "l"(from), "r"(bytes), "r"(smem(full)), "l"(policy) : "memory");
-}
-// Bulk copies reach memory by another path (a proxy). After this they see all that this thread has acquired.
-__device__ void order_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
-
-// Global memory that other blocks write. Relaxed: not ordered, but read in L2, where additions are made:
-// each word's count and sum are of one moment. A plain load may find an earlier layer's x in L1.
-__device__ longlong2 load_relaxed(const long long* p) {
-  longlong2 v;
-  asm volatile("ld.relaxed.gpu.global.v2.s64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p));
-  return v;
-}
-__device__ float load_relaxed(const float* p) {
-  float v;
-  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(p));
-  return v;
-}
-// An addition of which no result comes back: nobody waits for it, as an atomicAdd's caller may have to.
-__device__ void add_relaxed(long long* p, long long v) {
-  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" :: "l"(p), "l"(v));
-}
-// Counts one; whoever acquires the count sees all that this block wrote before. Relaxed, it could come first.
-__device__ void arrive_release(unsigned* counter) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(counter) : "memory");
-}
-__device__ unsigned load_acquire(const unsigned* counter) {
-  unsigned v;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
-  return v;
-}
-
-// 16 bytes that no launch writes (.nc), loaded here. A plain load the compiler would move to its first use.
-__device__ uint4 load16(const half* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-  return v;
-}
-
-// A barrier of `threads` threads that name one id. __syncthreads would wait for the producer's warp too.
-__device__ void named_barrier(int id, int threads) {
-  asm volatile("barrier.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
-}
-__device__ void workers_sync() { named_barrier(1, WORKERS); }
-__device__ void team_sync(int team) { named_barrier(TEAMS == 1 ? 1 : 2 + team, TEAM); }
-
-// One clock for all blocks, ns, in steps of CLOCK_NS; clock64's cycles are longer when power runs short.
-constexpr int CLOCK_NS = 32;
-__device__ unsigned long long global_ns() {
-  unsigned long long t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t;
-}
-
-// Every launch ends: the first to wait longer than PATIENCE reports for what, in host memory that outlives
-// it; its trap ends all blocks and the CUDA context. At (F) the producer gives up for the workers, at (g) the
-// thread that polls does.
-constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
-__device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int seen) {
-  if (atomicCAS_system(&failure->sync, 0, sync) != 0)
-    while (true) __nanosleep(1000);  // another thread is writing its report, and its trap ends us too
-  failure->block = blockIdx.x;
-  failure->layer = layer;
-  failure->seen = seen;
-  __threadfence_system();
-  __trap();
-}
-
-__device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t parity, SyncId sync) {
-  const bool by_peers = sync <= SYNC_SUMS;
-  if (!barrier_open(barrier, parity, by_peers)) return;
-  // Twice as long for the producer: workers, but for those at (F), know the cause and get to report it.
-  const long long patience = by_peers ? PATIENCE : 2 * PATIENCE, start = clock64();
-  while (barrier_open(barrier, parity, by_peers))
-    if (clock64() - start > patience) give_up(m.failure, sync, s.layer, parity);
-}
-
-// 6. Arithmetic: the two inner loops, and sums that do not depend on order ================================
-// Loops of fixed length are unrolled, by `#pragma` if need be, so that their arrays stay in registers.
-
+// half is fp16. A uint4 is any 16 bytes, here 8 halfs; a half2 is two.
 __device__ const uint4& as16(const half* p) { return *reinterpret_cast<const uint4*>(p); }
 __device__ float2 widen2(const half* h) { return __half22float2(*reinterpret_cast<const half2*>(h)); }
-// To 8 fp32. Products and sums are fp32 throughout; only weights, k and v are fp16.
+// 8 numbers in fp16 to fp32. Weights, k and v are fp16, but all products and sums are fp32.
 __device__ void widen(const uint4& w, float* f) {
-  const half* h = reinterpret_cast<const half*>(&w);
+  const half* halfs = reinterpret_cast<const half*>(&w);
   for (int i = 0; i < 4; i++) {
-    const float2 pair = widen2(h + 2 * i);
+    const float2 pair = widen2(halfs + 2 * i);
     f[2 * i] = pair.x; f[2 * i + 1] = pair.y;
   }
 }
 
+// The two loops of chapter 1, on 8 columns. fmaf(a, b, c) is a * b + c, rounded once.
 __device__ float dot8(const uint4& w, const float* x, float sum) {
   float f[8]; widen(w, f);
   for (int i = 0; i < 8; i++) sum = fmaf(f[i], x[i], sum);
@@ -479,45 +473,842 @@ __device__ void axpy8(float a, const uint4& w, float* y) {
   for (int i = 0; i < 8; i++) y[i] = fmaf(a, f[i], y[i]);
 }
 
-// Adds up R values over the lanes of a team in a warp, all at once: in each of the first log2(R) steps a lane
-// gives half of its values away, so 8 take 4 + 2 + 1 + 2 = 9 shuffles, not 8 * 5. Lane l returns row l % R.
-__device__ float reduce_rows(float (&v)[R], int lane) {
-  for (int w = R / 2; w >= 1; w /= 2) {
-    const bool upper = lane & w;
+// Adds up 8 sums over the 32 lanes of a warp. If every lane kept all 8 sums through all 5 steps, this would
+// take 40 shuffles. But two lanes that exchange sums can share the rows between them. With 2 rows, lane 0 has
+// a0 for row 0 and b0 for row 1, and lane 1 has a1 and b1:
+//     lane 0 gives b0, gets a1, and has a0 + a1: row 0
+//     lane 1 gives a0, gets b1, and has b0 + b1: row 1
+// With 8 rows, a lane gives 4 of its sums to the lane 4 away, then 2 to the lane 2 away, then 1 to its
+// neighbour. Now it has a single row, summed over 8 lanes. Two more shuffles add the lanes 8 and 16 away.
+// This takes 4 + 2 + 1 + 2 = 9 shuffles, and lane l ends with row l % 8.
+//
+// __shfl_xor_sync(~0u, v, n) returns the v of the lane whose number is this lane's xor n. `#pragma unroll`
+// writes a loop out, so that the elements of its array can be registers.
+__device__ float reduce_rows(float (&v)[ROWS], int lane) {
+  for (int apart = ROWS / 2; apart >= 1; apart /= 2) {
+    const bool upper = lane & apart;  // the upper lane of two keeps the upper half of the rows
 #pragma unroll
-    for (int i = 0; i < w; i++)
-      v[i] = (upper ? v[i + w] : v[i]) + __shfl_xor_sync(~0u, upper ? v[i] : v[i + w], w);
+    for (int i = 0; i < apart; i++)
+      v[i] = (upper ? v[i + apart] : v[i]) + __shfl_xor_sync(~0u, upper ? v[i] : v[i + apart], apart);
   }
-  for (int w = R; w < LANES; w *= 2) v[0] += __shfl_xor_sync(~0u, v[0], w);
+  for (int apart = ROWS; apart < LANES; apart *= 2) v[0] += __shfl_xor_sync(~0u, v[0], apart);
   return v[0];
 }
 
-// Clusters add to x in any order. A floating-point sum rounds at every step: its last bits would depend on
-// the order, those of an integer sum do not. So words of x are 64 bits. The upper 55 are fixed point, in
-// units of 2^-22 = 2.4e-7: for values above 2 no coarser than fp32. A part that does not fit (65536 and up;
-// infinities; NaN) adds 2^47 units, and the sum reads back as NaN: 254 others, of less than 2^38 each, cannot
-// hide it, and 255 marks, which wrap round 55 bits, end at -2^47. The lower 9 bits count additions: from 0 in
-// one layer that uses the buffer, from LAP in the next, so that no word of two layers ago is taken for new.
+// Waits until `threads` threads of the block have called it with the same id. CUDA's own __syncthreads would
+// also wait for the producer, which must not stop.
+__device__ void named_barrier(int id, int threads);
+__device__ void workers_sync() { named_barrier(1, WORKERS); }
+__device__ void team_sync(int team) { named_barrier(TEAMS == 1 ? 1 : 2 + team, TEAM); }
+
+// Piece p of this thread's columns of a row in the current slot.
+__device__ uint4 Worker::weights(int slot_row, int p) const {
+  return as16(&s.ring[ring.slot][slot_row * C + column(8 * p)]);
+}
+
+// DOT TILE. Returns the dot product of `in` with one row of the next tile, plus its bias.
+//   math    row r . in + bias[r], for the n rows of the tile; `in` is a vector, of which each thread has 8
+//           columns
+//   who     all workers multiply; afterwards, lane l of every warp has the result of row l % 8
+//   syncs   (F) (E) for each half of the tile, see chapter 5; (c) once
+// The tile arrives in two slots, a half tile in each. So the first slot can be filled again while this
+// function reads the second one: 1276 -> 1272 us, and 480 -> 464 us for pythia-1b.
+//
+// (c) makes every warp wait until all 10 warps have left their sums in shared memory. The next tile will
+// overwrite these sums, and one might expect a second sync before that. Instead, two arrays alternate,
+// warp_dots[0] and warp_dots[1]. A warp that writes to the same array again, two tiles later, has passed (c)
+// of the tile in between. Every warp has arrived there, and had read the array before.
+//
+// A last tile may have only n < 8 rows. The loop multiplies 8 all the same, some of them old bytes. A branch
+// for every row would cost more than the row, because loads could no longer start together. Nothing uses the
+// results of rows from n on. Biases begin `skip` places into what was copied, see Producer::rows.
+__device__ float Worker::dot_tile(const Columns& in, int n, int skip, bool has_bias) {
+  float dots[ROWS] = {}, bias = 0;
+  for (int half_tile = 0; half_tile < HALF_TILES; half_tile++) {
+    if (half_tile * HALF_TILE_ROWS >= n) break;
+
+    // Wait until the half tile is here. Then multiply this thread's columns of its rows.
+    wait_full();  // (F)
+    for (int i = 0; i < ROWS / HALF_TILES; i++) {
+      const int r = half_tile * ROWS / HALF_TILES + i;
+      for (int p = 0; p < PIECES; p++) dots[r] = dot8(weights(i * TEAMS + team, p), in + 8 * p, dots[r]);
+    }
+    if (half_tile == 0 && has_bias && row < n)
+      bias = __half2float(s.bias[ring.slot][skip + row]);
+    release();  // (E)
+  }
+
+  // Add up over the lanes of the warp, then over the warps.
+  float sum = reduce_rows(dots, lane);
+  if (TEAM_WARPS > 1) {
+    float(&of_warps)[ROWS][TEAM_WARPS] = s.warp_dots[flip][team];
+    if (lane < ROWS) of_warps[lane][team_warp] = sum;
+    team_sync(team);  // (c)
+    sum = 0;
+    for (int from = 0; from < TEAM_WARPS; from++) sum += of_warps[lane % ROWS][from];
+    flip ^= 1;
+  }
+  return sum + bias;
+}
+
+// AXPY TILE. Adds the rows of the next tile, each times its number, to y.
+//   math    y += a_r * row r, for the n rows of the tile
+//   who     every worker, for its own columns of y; lane l brings the a of row l % 8
+//   syncs   (F) (E) for each half tile. Nothing crosses threads but a, by a shuffle within the warp
+// dot_tile leaves its results in just these lanes, so the two fit together. __shfl_sync(~0u, a, r) is lane
+// r's a. Rows from n on get a = 0. That is not enough: old bytes may be NaN, and 0 * NaN is NaN. So the
+// thread reads a row that exists in their place.
+__device__ void Worker::axpy_tile(float a, int n) {
+  if (row >= n) a = 0;
+#pragma unroll
+  for (int half_tile = 0; half_tile < HALF_TILES; half_tile++) {
+    if (half_tile * HALF_TILE_ROWS >= n) break;
+    wait_full();  // (F)
+    for (int i = 0; i < ROWS / HALF_TILES; i++) {
+      const int r = half_tile * ROWS / HALF_TILES + i, slot_row = i * TEAMS + team;
+      const float of_row = __shfl_sync(~0u, a, r, LANES);
+      const int exists = half_tile * HALF_TILE_ROWS + slot_row < n ? slot_row : 0;
+      for (int p = 0; p < PIECES; p++) axpy8(of_row, weights(exists, p), y + 8 * p);
+    }
+    release();  // (E)
+  }
+}
+
+// 5. The ring =============================================================================================
+// The problem. Of 4.65 TB/s, a processor's fair share is 35.2 KB in each us. Memory answers a request only
+// after a while, so it is busy only if many requests are on their way at any time. If workers loaded weights
+// themselves, everything on its way would need registers, and no loads would start while workers wait at (4).
+//
+// The answer. One thread, the producer, starts *bulk copies* from global into shared memory: one instruction
+// copies 20 KB, and hardware does the rest. Their target is a *ring* of 10 slots of 20 KB. The producer fills
+// slots 0, 1, ... 9, 0, 1, ..., and the workers empty them in the same order. Weights do not depend on x, so
+// the producer waits for nothing but an empty slot. While workers wait at (4), it goes on with the rows of
+// the next layer; during (5), with those of the next token.
+//
+// What this gains. The ring holds 205 KB, 5.8 us of reading. Memory does not notice a wait that is shorter.
+// Rings with 1, 2, 3 slots less: 1252 -> 1262, 1274, 1286 us. Copies of 1 KB, not 20: 1271 -> 2380 us.
+//
+// Each slot needs two syncs: (F), it is full, so workers may read it; and (E), it is empty, so the producer
+// may fill it. Without (F), workers would multiply bytes that are not there yet; without (E), bytes of a
+// later tile. Both are *mbarriers*, variables in shared memory that threads can wait for:
+//   1. An mbarrier counts in phases 0, 1, 2, ... A phase completes when as many arrivals have come as
+//      barrier_init said, and all announced bytes have landed. Then the next phase begins.
+//   2. barrier_arrive is an arrival. barrier_expect is an arrival that also announces bytes. The bytes of a
+//      bulk copy count themselves as they land.
+//   3. The parity of a phase is its number modulo 2. barrier_open(b, parity) asks: is the phase with this
+//      parity still open? A waiting thread keeps the parity that it waits for, and flips it after each wait.
+//   4. One bit is enough, as long as no phase can complete before all waiting threads have seen the last one.
+// When a thread has seen that a phase is complete, it also sees the data that the phase was about.
+//
+// full[slot] needs 1 arrival, the producer's, and the bytes of its copies. empty[slot] needs 10 arrivals, one
+// of each warp of workers. Rule 4 holds, because a slot is filled again only after all warps have emptied it.
+
+__device__ void barrier_init(uint64_t* b, int arrivals);
+__device__ void barrier_arrive(uint64_t* b);
+__device__ void barrier_expect(uint64_t* b, uint32_t bytes);
+__device__ bool barrier_open(uint64_t* b, uint32_t parity, bool by_peers = false);  // peers: see chapter 7
+
+__device__ void Ring::advance() {  // `parity` is that of the round: 0, then 1, then 0 again
+  if (++slot == SLOTS) { slot = 0; parity ^= 1; }
+}
+
+__device__ void Worker::wait_full() const {
+  while (barrier_open(&s.full[ring.slot], ring.parity)) {}  // (F)
+}
+
+__device__ void Worker::release() {
+  __syncwarp();                                           // (E) waits until all lanes of the warp have read
+  if (lane == 0) barrier_arrive(&s.empty[ring.slot]);     // (E)
+  ring.advance();
+}
+
+// Other waits for a peer or for the producer have a limit, PATIENCE. When it has passed, something is wrong,
+// and the launch ends with an error instead of hanging (chapter 16). (F) has none, because it is too
+// frequent to look at a clock each time: 1254 -> 1249 us.
+constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
+enum SyncId {  // in Failure::sync
+  SYNC_QKV = 1, SYNC_SLICE, SYNC_SUMS, SYNC_X, SYNC_VOTE, SYNC_FULL, SYNC_EMPTY, SYNC_TOKEN, SYNC_TALLY
+};
+__device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t parity, SyncId sync);
+__device__ void give_up(Failure* failure, int sync, int layer, int seen);  // reports, and ends the launch
+
+constexpr int KV_TOKENS = SLOT_BYTES / (4 * HS);  // cached tokens in a slot: half k, half v [64]
+constexpr int CLOCK_NS = 32;                 // how often the clock of all blocks, global_ns, advances
+__device__ unsigned long long global_ns();
+__device__ uint64_t read_once_policy();      // for the copied bytes: chapter 17
+__device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint64_t policy);
+__device__ void order_copies();              // later copies see all that this thread has seen
+
+// RULE. A slot has no label. The order alone says what is in it: the producer has to copy exactly the tiles
+// that Worker::run uses, in the same order. So layers() below mirrors run(), line by line.
+//
+// What if the two disagree? If the order differs, workers multiply wrong rows, and the results are wrong.
+// Nothing in the kernel notices, but the tests do, which compare every stage with float64. If the number of
+// tiles differs, one side waits for a slot in vain. After some seconds the launch then ends with an error
+// about (F) or (E).
+struct Producer {  // one thread of each block
+  const Model& m;
+  Shared& s;
+  const uint64_t policy = read_once_policy();
+  Ring ring;
+  uint32_t token_parity = 0;             // of (h)
+  unsigned long long earliest_ns = 0;    // the time before which no copy may start
+
+  // Waits until the next slot is empty, then until it is time for the copy (chapter 15), and announces its
+  // bytes. In the first round all slots are empty. There the wait is for parity 1, and for a new mbarrier
+  // this counts as complete.
+  __device__ void claim(uint32_t bytes) {
+    wait(m, s, &s.empty[ring.slot], ring.parity ^ 1, SYNC_EMPTY);  // (E)
+    unsigned long long now;
+    while ((now = global_ns()) < earliest_ns && earliest_ns - now < 1'000'000) {}
+    earliest_ns = max(earliest_ns, now - CLOCK_NS) + bytes * gridDim.x / PACE;
+    barrier_expect(&s.full[ring.slot], bytes);  // (F)
+  }
+  __device__ void copy(void* to, const void* from, uint32_t bytes) {
+    bulk_copy(to, from, bytes, &s.full[ring.slot], policy);
+  }
+
+  // Rows first .. last - 1 of a matrix, with biases if there are any. The biases of a tile come with its
+  // first slot. A copy has to start at a multiple of 16 bytes, which is 8 biases. So it may begin up to 7
+  // biases early, and the workers skip these.
+  __device__ void rows(const half* matrix, const half* bias, int first, int last) {
+    for (int row = first; row < last; row += TILE_ROWS) {
+      const int n = min(TILE_ROWS, last - row), skip = row % 8;
+      for (int done = 0; done < n; done += HALF_TILE_ROWS) {
+        const int bytes = min(HALF_TILE_ROWS, n - done) * C * 2;
+        const int bias_bytes = bias && done == 0 ? ceil_div(skip + n, 8) * 16 : 0;
+        claim(bytes + bias_bytes);
+        copy(s.ring[ring.slot], matrix + (size_t)(row + done) * C, bytes);
+        if (bias_bytes) copy(s.bias[ring.slot], bias + row - skip, bias_bytes);
+        ring.advance();
+      }
+    }
+  }
+
+  // Hidden units: a tile of up rows, then the same tile of down rows.
+  __device__ void units(const Layer& w, const Share& share, int& done, int end) {
+    for (; done < end; done += TILE_ROWS) {
+      const int unit = share.at(done), last = unit + min(TILE_ROWS, end - done);
+      rows(w.w_up, w.b_up, unit, last);
+      rows(w.w_down, nullptr, unit, last);
+    }
+  }
+
+  // Keys and values of cached tokens first .. last - 1, 64 tokens a slot. The new token is not among them:
+  // its k and v are not in the cache yet, and S5 takes them from shared memory.
+  __device__ void cached_tokens(const half* k, const half* v, int first, int last) {
+    for (int t = first; t < last; t += KV_TOKENS) {
+      const int bytes = min(KV_TOKENS, last - t) * HS * 2;
+      claim(2 * bytes);
+      copy(s.ring[ring.slot], k + (size_t)t * HS, bytes);
+      copy(s.ring[ring.slot] + KV_TOKENS * HS, v + (size_t)t * HS, bytes);
+      ring.advance();
+    }
+  }
+
+  // All layers of one token. `plan` is an argument because the producer may already be at the next token, for
+  // which the cache holds one token more.
+  __device__ void layers(const Plan& plan, int first_layer, int last_layer, bool is_first_token) {
+    for (int layer = first_layer; layer < last_layer; layer++) {
+      const Layer& w = m.layers[layer];
+      int done = 0;
+      for (int h = plan.cluster; h < NH; h += plan.clusters) {
+        const int qkv = h * 3 * HS + plan.rank * QKV_ROWS, out = h * HS + plan.rank * OUT_ROWS;
+        rows(w.w_qkv, w.b_qkv, qkv, qkv + QKV_ROWS);                      // S2
+        units(w, plan.units, done, min(done + plan.filler, plan.units.count));  // S8
+
+        // Cached tokens are the only data here that the last token has changed. So before it copies the first
+        // ones of a token, the producer waits until the token before is finished: (h). Then it runs ahead
+        // again.
+        if (!is_first_token && layer == 0 && h == plan.cluster) {
+          wait(m, s, &s.token_ready, token_parity, SYNC_TOKEN);           // (h)
+          token_parity ^= 1;
+          order_copies();
+        }
+        cached_tokens(cache_row(m, layer, 0, h, 0), cache_row(m, layer, 1, h, 0),
+                      plan.first_token, plan.last_token);                 // S5
+        units(w, plan.units, done, min(done + plan.filler, plan.units.count));  // S8
+        rows(w.w_out, nullptr, out, out + OUT_ROWS);                      // S7
+      }
+      units(w, plan.units, done, plan.units.count);                       // S8
+    }
+  }
+  __device__ void run(int first_layer, int last_layer, int first, int end, bool with_lm_head);  // chapter 10
+};
+
+// 6. LayerNorm and hidden units: the MLP is complete ======================================================
+
+// Loads 16 bytes that no launch writes, at this point of the program. The compiler would move a plain load
+// down to its first use, behind the sync that the load should overlap.
+__device__ uint4 load16(const half* p);
+
+// Gains and biases of a layer's two LayerNorms, this thread's columns. Layer L is the final LayerNorm. The
+// loop calls this before the wait for x, so that the 20 KB of a block arrive during the wait.
+__device__ Norms Worker::load_norms(int layer) const {
+  const Layer& w = m.layers[min(layer, L - 1)];
+  Norms n;
+  for (int p = 0; p < PIECES; p++) {
+    const int c = column(8 * p);
+    n.w1[p] = load16((layer < L ? w.ln1_w : m.lnf_w) + c);
+    n.b1[p] = load16((layer < L ? w.ln1_b : m.lnf_b) + c);
+    n.w2[p] = load16(w.ln2_w + c);
+    n.b2[p] = load16(w.ln2_b + c);
+  }
+  return n;
+}
+
+// S1 LAYERNORM
+//   math    x <- (x - mean) / sqrt(variance + eps); then xn1 = x * w1 + b1 and xn2 = x * w2 + b2
+//   who     every block, for itself. If one block did it for all, a second sync of the grid would follow
+//   bytes   8 * C, 20 KB
+//   syncs   (b) makes every warp wait for the statistics of all warps
+//
+// The usual formula for the variance, E[x^2] - E[x]^2, subtracts two large numbers if the mean is large. So a
+// thread first takes the mean of its 8 values, and then adds up the squared distances to this mean. Two
+// groups of n values, with a mean and such a sum each, merge exactly (Chan, Golub, LeVeque 1979):
+//     mean = (mean_a + mean_b) / 2,   squares = squares_a + squares_b + (mean_a - mean_b)^2 * n / 2
+// Groups merge lane by lane within a warp; then every thread merges the 10 warps. After (b), warp_stats is
+// not written again before (g) of the next layer, when all have read it.
+constexpr float LN_EPS = 1e-5f;
+
+__device__ void Worker::normalize(Columns& x) const {
+  // Mean and squares of this thread's columns.
+  float mean = 0, squares = 0, n = COLS;
+  for (int i = 0; i < COLS; i++) mean += x[i];
+  mean /= n;
+  for (int i = 0; i < COLS; i++) squares += (x[i] - mean) * (x[i] - mean);
+
+  // Merge with the lane 1 away, then 2, 4, 8 and 16 away.
+  for (int apart = 1; apart < LANES; apart *= 2) {
+    const float other = __shfl_xor_sync(~0u, mean, apart);
+    squares += __shfl_xor_sync(~0u, squares, apart) + (other - mean) * (other - mean) * (0.5f * n);
+    mean = 0.5f * (mean + other);
+    n *= 2;
+  }
+
+  // Merge the warps.
+  if (TEAM_WARPS > 1) {
+    float(&of_warps)[TEAM_WARPS][2] = s.warp_stats[team];
+    if (lane == 0) of_warps[team_warp][0] = mean, of_warps[team_warp][1] = squares;
+    team_sync(team);  // (b)
+    mean = squares = 0;
+    for (int from = 0; from < TEAM_WARPS; from++) mean += of_warps[from][0];
+    mean /= TEAM_WARPS;
+    for (int from = 0; from < TEAM_WARPS; from++)
+      squares += of_warps[from][1] + n * (of_warps[from][0] - mean) * (of_warps[from][0] - mean);
+  }
+  const float scale = rsqrtf(squares / C + LN_EPS);
+  for (int i = 0; i < COLS; i++) x[i] = (x[i] - mean) * scale;
+}
+
+__device__ void Worker::affine(const Columns& x, const uint4* gain, const uint4* bias, Columns& out) const {
+  for (int p = 0; p < PIECES; p++) {
+    float g[8], b[8]; widen(gain[p], g); widen(bias[p], b);
+    for (int i = 0; i < 8; i++) out[8 * p + i] = fmaf(x[8 * p + i], g[i], b[i]);
+  }
+}
+
+// S8 HIDDEN UNITS
+//   math    h_j = gelu(up row j . xn2 + b_j), y += h_j * down row j
+//   who     a block, for its units. No other block needs h_j
+//   bytes   4 * C for a unit, 10 KB
+//   syncs   (F) (E) for each half tile; (c) for each tile
+// Units need nothing but x. So they are also the work that fills a wait: the loop does some of them while q,
+// k and v, or o, are on their way. Pythia is trained with gelu(a) = a / 2 * (1 + erf(a / sqrt 2)). The
+// approximation by tanh, which is common elsewhere, differs from it by up to 5e-4.
+__device__ void Worker::units(const Columns& xn2, int& done, int end) {
+  for (; done < end; done += TILE_ROWS) {
+    const int unit = s.plan.units.at(done), n = min(TILE_ROWS, end - done);
+    const float a = dot_tile(xn2, n, unit % 8, true);
+    const float hidden = 0.5f * a * (1 + erff(a * 0.70710678f));
+    if (row < n) tap(TAP_H + unit + row, hidden);
+    axpy_tile(hidden, n);
+  }
+}
+
+// 7. A head on a cluster ==================================================================================
+// The problem. Two blocks share a head. Each computes 120 of the 240 rows of q, k, v, but both need all of q
+// for attention. Each attends to half of the tokens, but o needs both halves. And in the end both have a y,
+// although x needs their sum. So the cluster exchanges data three times in a layer.
+//
+// The answer is a *push*: a store into another block's shared memory, which a cluster allows. As it lands, it
+// counts its bytes on an mbarrier of the receiving block. The sender does not wait. The receiver waits on its
+// own mbarrier for the number of bytes that it expects. (To read from the other block would cost a round
+// trip. After a plain store, each block would have to wait for the other one at a barrier.)
+//
+//     sync  inbox                 what is pushed                     to which rank           without the sync
+//     (1)   qkv                   a rank's 120 rows of q, k, v       all                     stale q, k or v
+//     (2)   slice_o, slice_top_l  attention over a rank's 64 tokens  owner of the dimension  tokens are lost
+//     (3)   sums                  a rank's y                         owner of the column     x lacks peers' y
+//
+// An *inbox* is an array that pushes go to; a rank pushes to its own inboxes, too. *Peers* are the blocks of
+// one cluster. The first exchange is called ClusterGather, because every rank gets everything. The other two
+// are ClusterReduce: a rank gets what it owns from all ranks, and adds it up. (The names are those of the
+// ClusterFusion paper, arXiv 2508.18850.)
+//
+// An inbox has no signal that says it is free. It needs none. Before a peer overwrites an inbox, it has
+// waited for a later message from the inbox's block, and that block sends this message only after it has read
+// the inbox. For example, a peer pushes q, k and v again only in the next layer. By then it has passed (2),
+// for which it needed this block's attention results. And this block pushed those after (d), when all its
+// threads had read q, k and v. Chapter 12 tells this again with times, and for the other inboxes.
+
+// The address of `place` in the shared memory of another rank. A plain pointer means the block's own memory.
+__device__ uint32_t peer(const void* place, int rank);
+__device__ void push(uint32_t to, float v, uint32_t barrier);
+__device__ void push4(uint32_t to, const float* v, uint32_t barrier);  // 16 bytes at once
+
+// CLUSTERGATHER of one value per lane. Lanes l, l + 8, l + 16 and l + 24 hold the same row after a dot tile,
+// and so does every warp. Warp 0 alone pushes, and of these 4 lanes each takes other ranks.
+__device__ void Worker::cluster_gather(float* place, float value, bool valid, uint64_t* ready) const {
+  if (!valid || team_warp > 0) return;
+  for (int r = lane % LANES / ROWS; r < K; r += LANES / ROWS)
+    push(peer(place, r), value, peer(ready, r));  // (1)
+}
+
+// S2 QKV
+//   math    q, k, v of head h = its 3*HS rows . xn1 + biases
+//   who     rank r has rows r * QKV_ROWS and on
+//   bytes   3 * HS * C * 2 / K, 614 KB
+//   syncs   (F) (E) for each half tile; (c) for each tile; (1) later, after some hidden units
+// Every tile is pushed as soon as it is finished. So at (1) only the last tile may still be on its way.
+__device__ void Worker::qkv_rows(const Columns& xn1, int h) {
+  // Expect q, k and v from all ranks: 960 bytes.
+  if (tid == 0) barrier_expect(&s.qkv_ready, sizeof(s.qkv));  // (1)
+
+  // Compute 8 rows at a time, and push each to all ranks.
+  const int first = s.plan.rank * QKV_ROWS;
+  for (int i = 0; i < QKV_ROWS; i += TILE_ROWS) {
+    const int n = min(TILE_ROWS, QKV_ROWS - i);
+    const float value = dot_tile(xn1, n, (h * 3 * HS + first + i) % 8, true);
+    cluster_gather(&s.qkv[first + i + row], value, row < n, &s.qkv_ready);
+  }
+}
+
+__device__ void Worker::wait_for_qkv() const {
+  wait(m, s, &s.qkv_ready, head_parity, SYNC_QKV);  // (1)
+}
+
+// S3 ROPE, S4 APPEND
+//   math    (a, b) <- (a cos - b sin, b cos + a sin) for dimensions i and i + ROT/2 of q and k, i < ROT/2
+//   who     a thread for each of the 3*HS values, in every rank; the last rank writes k and v to the cache
+//   bytes   4 * HS to the cache
+//   syncs   (d) makes all warps wait until q, k and v are rotated, and means that qkv has been read
+// Every rank rotates for itself, because a result from another rank would need one more sync. k and v are
+// rounded to fp16 before S5 uses them: later tokens will see them in the cache like this, so this one does
+// too.
+__device__ void Worker::rotate_and_append(int layer, int h, int position) const {
+  for (int i = tid; i < 3 * HS; i += WORKERS) {
+    const int which = i / HS, d = i % HS;  // q, k or v; the dimension
+    const float* v = s.qkv + which * HS;
+    float value = v[d];
+
+    // Rotate the first ROT dimensions of q and k.
+    if (which < 2 && d < ROT) {
+      const int angle = d % (ROT / 2);
+      const float other = d < ROT / 2 ? -v[(d + ROT / 2) % ROT] : v[(d + ROT / 2) % ROT];
+      value = fmaf(value, s.rope_cos[angle], other * s.rope_sin[angle]);
+    }
+
+    // Keep q in fp32, scaled for the softmax. Keep k and v in fp16, and append them to the cache.
+    if (which == 0) {
+      s.q[d] = value * (rsqrtf((float)HS) * 1.44269504f);  // log2(e), see S5
+      tap(TAP_Q + h * HS + d, value);
+    } else {
+      (which == 1 ? s.k_new : s.v_new)[d] = __float2half_rn(value);
+      if (s.plan.rank == K - 1) cache_row(m, layer, which - 1, h, position)[d] = __float2half_rn(value);
+      tap((which == 1 ? TAP_K : TAP_V) + h * HS + d, value);
+    }
+  }
+  workers_sync();  // (d)
+}
+
+// S5 ATTEND. Its softmax takes tokens a few at a time ("online softmax") and works with powers of 2:
+//   1. A set of tokens with scores s_t has three results: top = max s_t, l = sum of 2^(s_t - top), and
+//      o = sum of 2^(s_t - top) * v_t. The attention output of the set is o / l.
+//   2. Two sets merge: take the larger top, multiply each set's l and o by 2^(its top - larger top), add.
+//   3. 2^s is one instruction. It equals e^s where q has been multiplied by log2(e) before, which S3 does.
+//
+//   math    s_t = q . k_t; then top, l, o of this rank's tokens
+//   who     rank r has tokens first_token .. last_token - 1. In a warp, 16 lanes share a token, with 8
+//           dimensions each; a head has 80, so only 10 of these lanes have any. The last rank also takes the
+//           new token, because no rank has fewer cached ones
+//   bytes   4 * HS * T / K, 20 KB; with T = 2048, 328 KB, 9.3 us
+//   syncs   (F) (E) for each slot; (e) makes the last step wait for the results of all warps; (2) later
+// Sets merge three times: those of lanes here, those of warps in push_slice, those of ranks in S6.
+constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // for a token [16]
+constexpr int WARP_TOKENS = 32 / TOKEN_LANES;     // tokens that a warp has at once [2]
+
+__device__ void Worker::attend() {
+  // Expect results from all ranks.
+  if (tid == 0) barrier_expect(&s.slice_ready, sizeof(s.slice_o) + sizeof(s.slice_top_l));  // (2)
+
+  // This lane has dimensions d .. d + 7, of tokens group, group + 2, ... of its warp.
+  const int d = lane % TOKEN_LANES * 8, group = lane / TOKEN_LANES;
+  const bool has_d = d < HS;
+  float q[8], o[8] = {}, top = -1e30f, l = 0;  // of no token yet
+  for (int i = 0; i < 8; i++) q[i] = has_d ? s.q[d + i] : 0.f;
+
+  // The last warp of the last rank starts with the new token.
+  if (s.plan.rank == K - 1 && warp == WARPS - 1) {
+    float score = has_d ? dot8(as16(s.k_new + d), q, 0) : 0.f;
+    for (int apart = 1; apart < TOKEN_LANES; apart *= 2) score += __shfl_xor_sync(~0u, score, apart);
+    if (group == 0) {
+      top = score; l = 1;
+      if (has_d) widen(as16(s.v_new + d), o);
+    }
+  }
+
+  // For each slot of keys and values:
+  constexpr int STRIDE = WARPS * WARP_TOKENS, BATCH = ceil_div(KV_TOKENS, STRIDE);  // tokens of a lane [4]
+  const int last_token = s.plan.last_token;
+  for (int t0 = s.plan.first_token; t0 < s.plan.last_token; t0 += KV_TOKENS) {
+    const int n = min(KV_TOKENS, last_token - t0);
+    wait_full();  // (F)
+    const half *k = s.ring[ring.slot] + d, *v = k + KV_TOKENS * HS;
+    const int base = warp * WARP_TOKENS + group;
+
+    // Compute the scores of up to 4 tokens, and the largest. Two loops, so that all loads start together:
+    // 1369 -> 1341 us at T = 2000.
+    float score[BATCH], higher = top;
+    for (int u = 0; u < BATCH; u++) {
+      const int t = base + u * STRIDE;
+      score[u] = t < n && has_d ? dot8(as16(k + t * HS), q, 0) : 0.f;
+    }
+    for (int u = 0; u < BATCH; u++) {
+      for (int apart = 1; apart < TOKEN_LANES; apart *= 2)
+        score[u] += __shfl_xor_sync(~0u, score[u], apart);
+      if (base + u * STRIDE < n) higher = fmaxf(higher, score[u]);
+    }
+
+    // Shrink what is there, and add these tokens.
+    const float shrink = exp2f(top - higher);
+    top = higher; l *= shrink;
+    for (int i = 0; i < 8; i++) o[i] *= shrink;
+    for (int u = 0; u < BATCH; u++) {
+      const int t = base + u * STRIDE;
+      if (t < n) {  // beyond are old bytes, perhaps NaN
+        const float e = exp2f(score[u] - top);
+        l += e;
+        if (has_d) axpy8(e, as16(v + t * HS), o);
+      }
+    }
+    release();  // (E)
+  }
+
+  // Merge the lanes that hold the same dimensions of other tokens.
+  for (int apart = TOKEN_LANES; apart < 32; apart *= 2) {
+    const float higher = fmaxf(top, __shfl_xor_sync(~0u, top, apart)), shrink = exp2f(top - higher);
+    top = higher;
+    l *= shrink; l += __shfl_xor_sync(~0u, l, apart);
+    for (int i = 0; i < 8; i++) { o[i] *= shrink; o[i] += __shfl_xor_sync(~0u, o[i], apart); }
+  }
+
+  // Leave the warp's results in shared memory. Then merge the warps, a thread for each dimension.
+  if (group == 0 && has_d)
+    for (int i = 0; i < 8; i++) s.warp_o[warp][d + i] = o[i];
+  if (lane == 0) s.warp_top[warp] = top, s.warp_l[warp] = l;
+  workers_sync();  // (e)
+  if (tid < HS) push_slice();
+}
+
+// CLUSTERREDUCE of o, first half. Thread d merges o[d] of the 10 warps, and pushes it to the rank that owns
+// dimension d. top and l go to all ranks.
+__device__ void Worker::push_slice() const {
+  float top = s.warp_top[0], l = 0, o = 0;
+  for (int from = 1; from < WARPS; from++) top = fmaxf(top, s.warp_top[from]);
+  for (int from = 0; from < WARPS; from++) {
+    const float shrink = exp2f(s.warp_top[from] - top);
+    l = fmaf(shrink, s.warp_l[from], l);
+    o = fmaf(shrink, s.warp_o[from][tid], o);
+  }
+  const int owner = tid / OUT_ROWS;
+  push(peer(&s.slice_o[s.plan.rank][tid % OUT_ROWS], owner), o, peer(&s.slice_ready, owner));  // (2)
+  if (tid < K) {
+    push(peer(&s.slice_top_l[s.plan.rank][0], tid), top, peer(&s.slice_ready, tid));           // (2)
+    push(peer(&s.slice_top_l[s.plan.rank][1], tid), l, peer(&s.slice_ready, tid));             // (2)
+  }
+}
+
+__device__ void Worker::wait_for_slices() {
+  wait(m, s, &s.slice_ready, head_parity, SYNC_SLICE);  // (2)
+  head_parity ^= 1;
+}
+
+// S6 MERGE, S7 OUT ROWS
+//   math    o = sum_r 2^(top_r - top) o_r / sum_r 2^(top_r - top) l_r; then y += o[d] * output row d
+//   who     rank r has dimensions r * OUT_ROWS and on; every warp merges the ones that it needs for itself
+//   bytes   HS * C * 2 / K, 205 KB
+//   syncs   (F) (E) for each half tile
+// Results are added in the order of ranks, not in that of their arrival. So the bits are the same in every
+// run.
+__device__ void Worker::out_rows(int h) {
+  // The weight of each rank, and the common denominator.
+  float top = s.slice_top_l[0][0], weight[K], l = 0;
+  for (int r = 1; r < K; r++) top = fmaxf(top, s.slice_top_l[r][0]);
+  for (int r = 0; r < K; r++) {
+    weight[r] = exp2f(s.slice_top_l[r][0] - top);
+    l = fmaf(weight[r], s.slice_top_l[r][1], l);
+  }
+
+  // For each tile: the o of this lane's row, then all rows times their o.
+  for (int i = 0; i < OUT_ROWS; i += TILE_ROWS) {
+    const int n = min(TILE_ROWS, OUT_ROWS - i);
+    float o = 0;
+    if (row < n) {
+      for (int r = 0; r < K; r++) o = fmaf(weight[r], s.slice_o[r][i + row], o);
+      o /= l;
+      tap(TAP_O + h * HS + s.plan.rank * OUT_ROWS + i + row, o);
+    }
+    axpy_tile(o, n);
+  }
+}
+
+// S9 SUM, first half: CLUSTERREDUCE of y
+//   math    sums[r][c] = y of rank r, for the columns c that this rank owns
+//   who     every thread pushes its 8 columns to the rank that owns them
+//   bytes   4 * C, 10 KB to the shared memories of the cluster
+//   syncs   (3)
+// Why does the cluster add up first? Additions to one address queue up, so the fewer the better:
+// without this step, 1300 -> 1338 us. Pushes of 16 bytes instead of 4: 1221 -> 1202 us.
+__device__ void Worker::cluster_reduce() {
+  if (tid == 0) barrier_expect(&s.sums_ready, sizeof(s.sums));  // (3)
+  for (int p = 0; p < PIECES; p++) {
+    const int c = column(8 * p), owner = c / OWN;
+    const uint32_t place = peer(&s.sums[s.plan.rank * TEAMS + team][c % OWN], owner),
+                   ready = peer(&s.sums_ready, owner);
+    for (int i = 0; i < 8; i += 4) push4(place + 4 * i, y + 8 * p + i, ready);  // (3)
+  }
+  wait(m, s, &s.sums_ready, sums_parity, SYNC_SUMS);  // (3)
+  sums_parity ^= 1;
+}
+
+// 8. x between layers =====================================================================================
+// The problem. 66 clusters add their sums to x, and then all 132 blocks read x. The usual way has three
+// costs:
+//   - Floating-point sums are rounded at every step, so their last bits depend on the order of additions.
+//     Clusters finish in any order, and the same prompt could give another text in another run.
+//   - A counter says when all blocks have added. But a block may count itself only when its own additions
+//     have arrived. While memory is busy, waiting for that takes about 1 us.
+//   - The buffer has to be zero before the next layer's additions, and all blocks have to wait for that.
+//
+// The answer to all three is a 64-bit *word* for each column of x. It holds a value and a count:
+//
+//     bits 63 .. 9    the value, an integer that counts 2^-22. Sums of integers do not depend on the order
+//     bits 8 .. 0     the count of additions that the word has had
+//
+// Behind all processors, in front of global memory, is a cache, *L2*, and it can add. One such atomic
+// addition changes the value and adds 1 to the count at the same moment. When the count says that every
+// cluster has added, the word is *complete*. So each word carries its own counter, and a reader simply reads
+// a word again if its count is too small. No block has to say that it has finished, and none waits for its
+// own additions to arrive: 1233 -> 1203 us.
+//
+// CUDA has three strengths of such accesses:
+//   relaxed   the access is atomic, in L2, where all blocks see it. It says nothing about other data
+//   release   an addition that becomes visible only after everything that its thread did before, and that
+//             other threads of the block did before a sync with this thread
+//   acquire   a load. If it sees what a release has added, it also sees everything before that release
+// At (4) the data is its own flag: the count of a word proves that its value is complete. So relaxed is
+// enough. At (5) the flag, a counter, is separate from the data, so (5) needs a release and an acquire.
+
+__device__ longlong2 load_relaxed(const long long* p);     // two words
+__device__ void add_relaxed(long long* p, long long v);    // the thread does not wait for the addition
+
+// An addition has to be below 65536. A larger one, an infinity or a NaN makes the word NaN (chapter 14).
+//
+// Is x below 65536 in real checkpoints? In PyTorch's fp16 arithmetic x overflows at 65504, so a checkpoint
+// that works in fp16 stays below both. How close real ones come was not measured. Beyond the limit, nothing
+// goes wrong silently: x becomes NaN, and so do the logits; the token is -1, and the host ends the text with
+// an error. (A sum over one cluster, which fp16 arithmetic never forms, has the same limit and the same end.)
 constexpr float FIXED_ONE = 1 << 22, FIXED_LIMIT = 1 << 16;
 constexpr long long FIXED_NAN = 1ll << 47, FIXED_EDGE = 1ll << 46;
-constexpr int COUNT_BITS = 9, LAP = 256, MOST_CLUSTERS = 254;  // and a carrier: 255 additions
+constexpr int COUNT_BITS = 9, LAP = 256, MOST_CLUSTERS = 254;  // why 254: chapter 14
 
-__device__ int lap(unsigned steps) { return steps / 2 % 2 * LAP; }  // each buffer is used every second layer
-
-__device__ long long to_word(float v) {  // one addition of v
+__device__ long long to_word(float v) {  // what an addition of v adds to a word
   return (fabsf(v) < FIXED_LIMIT ? __float2ll_rn(v * FIXED_ONE) : FIXED_NAN) * (1 << COUNT_BITS) + 1;
 }
 __device__ float from_word(long long word) {
-  const long long q = word >> COUNT_BITS;
-  return q > -FIXED_EDGE && q < FIXED_EDGE ? __ll2float_rn(q) * (1 / FIXED_ONE) : __int_as_float(0x7fffffff);
+  const long long value = word >> COUNT_BITS;
+  const bool fits = value > -FIXED_EDGE && value < FIXED_EDGE;
+  return fits ? __ll2float_rn(value) * (1 / FIXED_ONE) : __int_as_float(0x7fffffff);  // the latter is NaN
 }
-// 0 if two words are whole; else, if the carrier has been there and both lack as many, how many additions.
-__device__ unsigned lacking(const longlong2& words, unsigned count) {
-  return ((count - (unsigned)words.x) | (count - (unsigned)words.y)) % (1 << COUNT_BITS);
+// How many additions two words lack until they have the count that is wanted; 0 if both are complete. If they
+// lack different numbers, the result is some number other than 0.
+__device__ unsigned lacking(const longlong2& words, unsigned wanted) {
+  return ((wanted - (unsigned)words.x) | (wanted - (unsigned)words.y)) % (1 << COUNT_BITS);
 }
 
-// Of two tokens the one with the larger logit is ranked before, of equal logits the smaller token; NaN is above all,
-// as in torch. A rank is 64 bits: the logit's bits in an order in which integers compare as the floats do, then ~token.
+// Which thread sets x to zero? None does. There are two buffers, and they alternate:
+//
+//                    buffer 0                        buffer 1
+//     layer l        x, is read                      an old x, is added to
+//     layer l + 1    an old x, is added to           x, is read
+//
+// One thread of the grid for each column is the *carrier* of its word. It adds x - old, where old is what the
+// buffer still holds. The old value cancels, in whatever order the additions come. For example, the buffer
+// holds 5, x is 8, and two clusters add 1 and 2:
+//     5 + (8 - 5) + 1 + 2  =  11  =  8 + 1 + 2
+//
+// The same subtraction takes the old count away. The new count starts at 0 in one use of a buffer and at 256
+// (LAP) in the next, so that an old word cannot look complete. In the example, a word gets 3 additions, one
+// of them the carrier's. If the old count is 3, the word is complete at 256 + 3 = 259:
+//                           value   count
+//     as it was             5       3
+//     a cluster adds 1      6       4       without the carrier, the count can only be 3, 4 or 5
+//     the carrier adds      9       258     8 - 5 to the value; 1, and 256 - 3, to the count
+//     a cluster adds 2      11      259     complete
+//
+// Can a fast block add to a buffer that a slow block still reads? No. Before it adds, it has passed a (4) for
+// which every block had added something, and each block did that after reading (chapter 12).
+__device__ int first_count(unsigned steps) { return steps / 2 % 2 * LAP; }  // of the x after `steps` layers
+
+__device__ long long* Worker::buffer(unsigned steps) const { return m.residual + steps % 2 * C; }
+
+// S9 SUM, the carrier's part
+//   math    x_next += x + output biases - old
+//   who     one thread for each pair of columns, from the last block backwards. In small models the last
+//           blocks have no head, and so they have time
+//   syncs   none
+// own_now and own_next are the carrier's two words in both buffers. It has read both: own_now in this layer,
+// own_next a layer ago, when the other buffer was x. In layer 0, x is the token's embedding. The differences
+// are unsigned, because they may wrap around.
+__device__ void Worker::carry(int layer, int token, long long* x_next, unsigned steps) const {
+  const int c = 2 * carried;
+  if (c >= C) return;
+  const Layer& w = m.layers[layer];
+  const int count = first_count(steps + 1);
+  const float2 out = widen2(w.b_out + c), down = widen2(w.b_down + c),
+               x = layer == 0 ? widen2(embedding(token) + c)
+                              : make_float2(from_word(own_now.x), from_word(own_now.y));
+  add_relaxed(x_next + c, to_word(x.x + out.x + down.x) + count - (unsigned long long)own_next.x);
+  add_relaxed(x_next + c + 1, to_word(x.y + out.y + down.y) + count - (unsigned long long)own_next.y);
+}
+
+// S9 SUM, second half
+//   math    x_next += sum_r sums[r]
+//   who     rank r adds the columns r * OWN and on; thread i takes i, i + 320, i + 640, i + 960 of them
+//   bytes   8 * C for a cluster, 20 KB to L2
+//   syncs   after (3)
+// These sums are still fp32, so they are taken in the order of ranks. A warp's 32 additions are 256 bytes
+// side by side, which L2 takes as two requests.
+__device__ void Worker::add_to_residual(long long* x_next) const {
+  for (int c = tid; c < OWN; c += WORKERS) {
+    float sum = 0;
+#pragma unroll 8
+    for (int from = 0; from < K * TEAMS; from++) sum += s.sums[from][c];
+    add_relaxed(x_next + s.plan.rank * OWN + c, to_word(sum));
+  }
+}
+
+// S0 READ X
+//   math    x = the values of all words, once they are complete; in layer 0, a row of embed_in
+//   who     each thread reads 4 pairs of columns for its block, and then takes its own 8 from shared memory
+//   bytes   8 * C, 20 KB from L2
+//   syncs   (4); (g) all threads wait for the one that polls; (a) they wait for each other's columns
+// All blocks read the same x, so each word comes to a block once, not once for each thread that needs it.
+constexpr int PAIRS = ceil_div(C / 2, WORKERS);  // [4]
+
+__device__ void Worker::read_x(int layer, int token, const long long* x_now, unsigned steps, Columns& x) {
+  if (tid == 0) s.layer = layer;
+  if (layer == 0) read_embedding(token, x);
+  else {
+    const unsigned wanted = s.plan.clusters + 1 + first_count(steps);  // 66 clusters and the carrier
+    wait_for_x(x_now, wanted);
+    mark(MARK_START, layer);
+    read_residual(x_now, wanted, x);
+  }
+}
+
+// If all threads read x again and again until it is complete, they slow down the additions that they wait
+// for: 1202 -> 1257 us. So thread 0 alone polls, and only one pair of words. It takes the last pair of its
+// rank's columns, which clusters add last. These columns get their additions from blocks of the same rank, so
+// each block that fails to add is missed by the blocks of its rank. Without (g), every thread would poll:
+// right, but slow.
+__device__ void Worker::wait_for_x(const long long* x_now, unsigned wanted) const {
+  if (tid == 0) {
+    const long long start = clock64();
+    for (unsigned lack; (lack = lacking(load_relaxed(x_now + (s.plan.rank + 1) * OWN - 2), wanted));)  // (4)
+      if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_X, s.layer, lack);
+  }
+  workers_sync();  // (g)
+}
+
+// That pair is complete, so the others probably are, too. Every thread checks the pairs that it reads, and
+// reads them again until all are complete.
+__device__ void Worker::read_residual(const long long* x_now, unsigned wanted, Columns& x) {
+  longlong2 words[PAIRS];
+  for (unsigned lack = 1; lack;) {
+    lack = 0;
+    for (int i = 0; i < PAIRS; i++)  // starts all loads before it uses the first: one trip to L2 instead of 4
+      if (tid + i * WORKERS < C / 2) words[i] = load_relaxed(x_now + 2 * (tid + i * WORKERS));
+    for (int i = 0; i < PAIRS; i++)
+      if (tid + i * WORKERS < C / 2) lack |= lacking(words[i], wanted);  // (4)
+  }
+
+  // Keep the words that this thread carries. Put all values into shared memory, and take this thread's
+  // columns.
+  for (int i = 0; i < PAIRS; i++) {
+    const int pair = tid + i * WORKERS;
+    if (pair == carried) own_now = words[i];
+    if (pair < C / 2)
+      *reinterpret_cast<float2*>(&s.x[2 * pair]) = make_float2(from_word(words[i].x), from_word(words[i].y));
+  }
+  workers_sync();  // (a)
+  for (int i = 0; i < COLS; i++) x[i] = s.x[column(i)];
+}
+
+// The token is -1 after logits that were not finite. Then row 0 stands in, so that the launch can make its
+// other tokens. The host ends the text at the -1.
+__device__ const half* Worker::embedding(int token) const {
+  return m.embed_in + (size_t)min(max(token, 0), V - 1) * C;
+}
+__device__ void Worker::read_embedding(int token, Columns& x) const {
+  for (int p = 0; p < PIECES; p++) widen(load16(embedding(token) + column(8 * p)), x + 8 * p);
+}
+
+// 9. The LM head, and the next token ======================================================================
+// The problem. The LM head is one more matrix, V rows of C, and every block multiplies its share of them. From
+// the logits, all blocks then have to choose the same token before the next one can begin. At temperature 0
+// it is the token with the largest logit, a maximum over the grid. Otherwise it is drawn at random from
+// softmax(logits / temperature), often only from the top_k likeliest tokens, or from the few that hold the
+// probability top_p together. Written down like this, a draw needs a sum over all logits, the logits in order
+// of size, and sums over this order. No block has more than 382 of the 50304.
+//
+// The answer: drawing is an argmax. Think of an alarm clock for each token, which rings after a random time
+// with the mean exp(-logit / temperature). The clock that rings first is clock i with just the probability
+// that softmax gives to token i. Its time is E * exp(-logit / temperature), where E is random with the mean 1
+// (exponentially distributed), and smallest where
+//     key = logit - temperature * log(E)
+// is largest. So a draw is the argmax of logit + noise (the Gumbel-max trick), and temperature 0 is the case
+// without noise. Sampling takes no path of its own.
+//
+// The noise comes from Philox, a function that scrambles (seed, position, token) into 32 random bits. It has
+// no state. So every thread can compute its own tokens' noise, and a text does not depend on the grid, or on
+// how many tokens a launch makes. Sampler in model.py computes the same.
+//
+// What about top-k and top-p? Rank the tokens by logit. top-k keeps a token if fewer than top_k tokens are
+// ranked before it; top-p, if the tokens ranked before it hold less than top_p of the probability. To find
+// all kept tokens, one would have to sort. But it is easy to test a single token: count the tokens before it,
+// and add up their probability. So the grid chooses in rounds:
+//     (5)  vote     find the token with the largest key: the candidate
+//     (6)  tally    count the tokens ranked before the candidate, and add up their probability
+//          if the candidate is kept, it is the token. If not, vote again, only on tokens ranked before it
+// Every round ends nearer to the first rank, which is always kept, so the rounds end. All kept tokens take
+// part in every vote. So the result is the argmax of the keys over the kept tokens, which is the draw that was
+// asked for, and a refused candidate needs no new noise. With top_p = 0.95, a candidate is kept with a
+// probability of 0.95 or more, and nearly always one round is enough.
+//
+// With top-k and top-p together, top_p means: of the probability of the top_k likeliest tokens. Tallies of
+// other ranks come first then, to find the rank that top_k tokens are ranked before, by bisection.
+
+__device__ void arrive_release(unsigned* counter);               // adds 1 to a counter in global memory
+__device__ unsigned load_acquire(const unsigned* counter);
+__device__ float load_relaxed(const float* p);
+__device__ float uniform(unsigned long long seed, uint32_t position, uint32_t token);  // chapter 14: Philox
+
+// The rank of a token, 64 bits: a token with a larger logit has a larger one; of equal logits, the smaller
+// token. So a maximum of ranks is an argmax. The upper half is made of the logit's bits. They order like an
+// unsigned integer, if all bits of a negative number are flipped, and the sign bit of a positive one is set.
+// NaN is above all, as in torch. Keys are ranked like logits.
 __device__ unsigned long long rank_of(float logit, int token) {
   const uint32_t bits = __float_as_uint(logit + 0.f);  // -0 becomes 0, its equal
   const uint32_t order = logit != logit ? ~0u : bits >> 31 ? ~bits : bits | 1u << 31;
@@ -529,35 +1320,231 @@ __device__ float logit_of(unsigned long long rank) {
   return __int_as_float(order >> 31 ? order & ~(1u << 31) : ~order);
 }
 
-// Philox4x64-10 (Salmon et al., SC11), as numpy has it: four 64-bit words for each count of four tokens.
-__device__ float uniform(unsigned long long seed, int position, int token) {
-  unsigned long long c[4] = {token / 4 + 1ull, (unsigned long long)position, 0, 0}, key[2] = {seed, 0};
-  for (int i = 0; i < 10; i++) {
-    const unsigned long long a = 0xD2E7470EE14C6C93 * c[0], a_high = __umul64hi(0xD2E7470EE14C6C93, c[0]),
-                             b = 0xCA5A826395121157 * c[2], b_high = __umul64hi(0xCA5A826395121157, c[2]);
-    c[0] = b_high ^ c[1] ^ key[0], c[1] = b, c[2] = a_high ^ c[3] ^ key[1], c[3] = a;
-    key[0] += 0x9E3779B97F4A7C15, key[1] += 0xBB67AE8584CAA73B;
-  }
-  const unsigned long long word = token & 2 ? (token & 1 ? c[3] : c[2]) : (token & 1 ? c[1] : c[0]);
-  return __ull2float_rn(word) * 5.421010862427522e-20f;  // 2^-64
+// The largest v of a warp's lanes, and their sum if all v are below 2^44. CUDA has one instruction for either,
+// but for 32 bits.
+__device__ unsigned long long warp_max(unsigned long long v) {
+  const uint32_t high = __reduce_max_sync(~0u, (uint32_t)(v >> 32));
+  return (unsigned long long)high << 32 | __reduce_max_sync(~0u, v >> 32 == high ? (uint32_t)v : 0);
+}
+__device__ unsigned long long warp_sum(unsigned long long v) {
+  const uint32_t low = __reduce_add_sync(~0u, (uint32_t)v % (1 << 20));
+  return ((unsigned long long)__reduce_add_sync(~0u, (uint32_t)(v >> 20)) << 20) + low;
 }
 
-// 7. The stages ===========================================================================================
-// A card: math; owner, who computes which part; bytes that a block moves; syncs; why it is done like this.
+// Which token's logit this thread keeps as logits[k]; V if none. After a dot tile, every warp has the results
+// of all 8 rows. One of them is enough to keep them: the threads of a team are GROUPS groups of 8 lanes [40],
+// and group g keeps the rows of tiles g and g + 40. KEPT [3] has room for a grid of half as many blocks.
+constexpr int GROUPS = TEAM / ROWS;
+__device__ int Worker::kept_token(int k) const {
+  const int i = (k * GROUPS + team_thread / ROWS) * TILE_ROWS;
+  return i + row < s.rows.count ? s.rows.at(i) + row : V;
+}
 
-// ---- The division of work --------------------------------------------------------------------------------
-// Balance by bytes: a head costs each block of its cluster 1/K of its rows and cached tokens, and hidden
-// units fill up what the heads leave. Two costs are more than bytes. ATTENTION_BYTES charges a head for its
-// chain of small steps, which move few: 24 KiB in 160m, 0 in 2.8b, where the ring fills up meanwhile. A
-// cached token counts KV_WEIGHT / 2 times: softmax makes it slower to use than to read.
+// S10 LM HEAD
+//   math    logits = rows . LNf(x); noise = -temperature * log(E)
+//   who     a block has s.rows; of each, one thread keeps the logit
+//   bytes   2 * V * C / 132, 1.95 MB, 55 us
+//   syncs   after (4); (F) (E) for each half tile; (c) for each tile
+// The noise needs no logit, so it can be made at any time. Half way is a good one: workers are faster than
+// memory here, so the ring is nearly empty, and copies go on while the workers do something else.
+__device__ void Worker::lm_head(const Columns& in, int position) {
+  const int count = s.rows.count;
+  for (int k = 0; k < KEPT; k++) noise[k] = 0;
+  for (int i = 0; i < count; i += TILE_ROWS) {
+    const float logit = dot_tile(in, min(TILE_ROWS, count - i), 0, false);
+#pragma unroll
+    for (int k = 0; k < KEPT; k++)
+      if (i == (k * GROUPS + team_thread / ROWS) * TILE_ROWS) logits[k] = logit;
+    if (i == count / 2 / TILE_ROWS * TILE_ROWS && s.settings.temperature > 0)
+#pragma unroll
+      for (int k = 0; k < KEPT; k++)
+        if (kept_token(k) < V)
+          noise[k] = -s.settings.temperature *
+                     logf(-log1pf(-uniform(s.settings.seed, position, kept_token(k))));
+  }
+#pragma unroll
+  for (int k = 0; k < KEPT; k++)
+    if (kept_token(k) < V) m.logits[kept_token(k)] = logits[k];
+}
+
+// (5) VOTE. The largest rank and the largest key, of all tokens that are ranked before `candidate`, go to
+// s.agreed, in every block. The logit of the token with the largest key goes to s.candidate.
+//   who     each thread for the logits that it keeps; then warps, thread 0 of each block, and L2 for the grid
+//   syncs   (f) thread 0 waits for all warps; (5); (g) all threads wait for thread 0
+// A maximum does not depend on the order in which blocks come, but it cannot count its additions as a word of
+// x does. So a counter says when all blocks have voted. It only grows, so there is nothing to reset, and the
+// difference to what it will have is right even where it wraps around. Thread 0's release covers everything
+// that its block has written before (f): logits, k and v of the new token, and the maxima.
+//
+// The maxima have to be 0 before a vote. Three of them take turns. Thread 0 of the grid clears the next one
+// before its own vote. Every block has read that one two votes ago, before it took part in the last vote; and
+// no block adds to it before this vote is complete.
+__device__ void Worker::vote(unsigned long long candidate) {
+  if (blockIdx.x == 0 && tid == 0) m.state->maxima[(s.votes + 1) % 3] = {0, 0};
+
+  // Take the maxima of this thread, of its warp, and of its block.
+  unsigned long long best = 0, drawn = 0;
+#pragma unroll
+  for (int k = 0; k < KEPT; k++) {
+    const int token = kept_token(k);
+    const unsigned long long rank = token < V ? rank_of(logits[k], token) : 0;
+    if (rank <= candidate) continue;
+    best = max(best, rank);
+    drawn = max(drawn, rank_of(logits[k] + noise[k], token));
+  }
+  best = warp_max(best), drawn = warp_max(drawn);
+  if (lane == 0) s.warp_votes[warp] = {best, drawn};
+  workers_sync();  // (f)
+  if (tid == 0) {
+    for (int from = 1; from < WARPS; from++)
+      best = max(best, s.warp_votes[from].x), drawn = max(drawn, s.warp_votes[from].y);
+
+    // Vote, and wait until all blocks have voted.
+    State& state = *m.state;
+    Maxima& maxima = state.maxima[s.votes % 3];
+    atomicMax(&maxima.best, best), atomicMax(&maxima.drawn, drawn);
+    const unsigned target = ++s.votes * gridDim.x;
+    arrive_release(&state.counter);  // (5)
+    const long long start = clock64();
+    for (unsigned seen; (int)((seen = load_acquire(&state.counter)) - target) < 0;)  // (5)
+      if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_VOTE, s.layer, target - seen);
+
+    // Tell the block.
+    const longlong2 found = load_relaxed((const long long*)&maxima);
+    s.agreed = {(unsigned long long)found.x, (unsigned long long)found.y};
+    if (s.settings.top_k < V || s.settings.top_p < 1) s.candidate = load_relaxed(m.logits + token_of(found.y));
+  }
+  workers_sync();  // (g)
+}
+
+// (6) TALLY. Of all tokens that are ranked before `candidate`: their probability, and how many there are. The
+// probability is in units in which the likeliest token has 2^30. Without `with_count`, the second result is
+// the probability of all tokens instead.
+//   who     as for (5)
+//   syncs   (f), (6), (g)
+// Probabilities are rounded to integers before they are added, so the sum does not depend on the order. It is
+// a sum, so it can count its own additions, and no counter with a release is needed: two words, as in chapter
+// 8. They are never cleared. What they held after the last tally is taken away instead, by thread 0, which
+// keeps it in tally_before. Two pairs of words take turns, so that no block adds to one that another block
+// still reads: before it adds to this pair again, it has passed the tally in between.
+__device__ ulonglong2 Worker::tally(float largest, unsigned long long candidate, bool with_count) {
+  unsigned long long before = 0, other = 0;
+#pragma unroll
+  for (int k = 0; k < KEPT; k++) {
+    const int token = kept_token(k);
+    if (token == V) continue;
+    const unsigned long long mass =
+        __float2ull_rz(expf((logits[k] - largest) / s.settings.temperature) * (1 << 30));
+    const bool is_before = rank_of(logits[k], token) > candidate;
+    before += is_before ? mass : 0;
+    other += with_count ? is_before : mass;
+  }
+  before = warp_sum(before), other = warp_sum(other);
+  if (lane == 0) s.warp_votes[warp] = {before, other};
+  workers_sync();  // (f)
+  if (tid == 0) {
+    for (int from = 1; from < WARPS; from++) before += s.warp_votes[from].x, other += s.warp_votes[from].y;
+
+    // Add to both words, and wait until both have had an addition from every block.
+    const int turn = s.tallies++ % 2;
+    long long* const words = &m.state->tally[turn].x;
+    add_relaxed(words, before << COUNT_BITS | 1), add_relaxed(words + 1, other << COUNT_BITS | 1);
+    longlong2& old = s.tally_before[turn];
+    longlong2 now;
+    const unsigned wanted = (unsigned)old.x + gridDim.x;  // both words have the same count
+    const long long start = clock64();
+    for (unsigned lack; (lack = lacking(now = load_relaxed(words), wanted));)  // (6)
+      if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_TALLY, s.layer, lack);
+    s.agreed = {(unsigned long long)(now.x - old.x) >> COUNT_BITS,
+                (unsigned long long)(now.y - old.y) >> COUNT_BITS};
+    old = now;
+  }
+  workers_sync();  // (g)
+  return s.agreed;
+}
+
+// The token: the argmax of the keys over all tokens that top-k and top-p keep. It is -1 if the largest logit
+// is not finite.
+__device__ int Worker::choose() {
+  vote(0);
+  const unsigned long long first = s.agreed.x;  // the first rank
+  const float largest = logit_of(first);
+  if (!(fabsf(largest) <= 3.4028235e38f)) return -1;
+  const unsigned top_k = s.settings.top_k;
+  const double top_p = s.settings.top_p;
+  const bool cut_k = top_k < V, cut_p = top_p < 1;
+  if (s.settings.temperature == 0 || !(cut_k || cut_p)) return token_of(s.agreed.y);
+
+  // With both, bisect for a rank that top_k tokens are ranked before: their probability is what top_p is of.
+  int token = token_of(s.agreed.y);
+  unsigned long long candidate = rank_of(s.candidate, token), mass = 0;
+  if (cut_k && cut_p) {
+    unsigned long long low = 0, high = first;  // more than top_k tokens are ranked before `low`, 0 before `high`
+    ulonglong2 found;
+    do {
+      const unsigned long long middle = low + (high - low) / 2;
+      found = tally(largest, middle, true);
+      (found.y > top_k ? low : high) = middle;
+    } while (found.y != top_k);
+    mass = found.x;
+  }
+
+  // Test candidates until one is kept.
+  while (true) {
+    const ulonglong2 found = tally(largest, candidate, cut_k);
+    if ((!cut_k || found.y < top_k) && (!cut_p || found.x < top_p * (cut_k ? mass : found.y))) return token;
+    vote(candidate);
+    token = token_of(s.agreed.y);
+    candidate = rank_of(s.candidate, token);
+  }
+}
+
+// The logits, the token, and what the next token needs.
+__device__ int Worker::next_token(const Columns& xn, int position, int end) {
+  // Prepare the next token. All threads have used plan and angles before the last (a).
+  if (position + 1 < end) prepare(position + 1);
+
+  // Compute the logits, and choose.
+  lm_head(xn, position + 1);
+  norms = load_norms(0);
+  const int token = choose();                                             // (5), (6)
+
+  // Let the producer copy keys and values again: those of this token are in the cache.
+  if (tid == 0) barrier_arrive(&s.token_ready);                           // (h)
+  if (blockIdx.x == 0 && tid == 0) m.history[position] = token;
+  return token;
+}
+
+// 10. The division of work, and the kernel ================================================================
+// All blocks wait for the slowest at (4), and in 2.8b a block is as slow as its bytes are many. So all blocks
+// should read the same number of bytes. A head costs a block H bytes, a hidden unit 4 * C bytes. The blocks
+// with a head ("busy", n of them) take u units, the others r units:
+//     H + 4*C * u = 4*C * r                       all blocks read the same
+//     n * u + (blocks - n) * r = MLP              all units are dealt out
+// For 2.8b, H is as much as 83 units, n = 64, and the solution is u = 34.8 and r = 117.8. So the 34 clusters
+// without a head do nothing but hidden units.
+//
+// Which units are a block's? Memory is faster when all blocks read near one another. So blocks do not get a
+// run of units each. The units are dealt out like cards, a tile to each block, again and again, as often as
+// there are whole tiles for all. What is left is then split into short runs. For example, the 68 blocks
+// without a head get 14 tiles of 8 units each, and then 5 or 6 units: 1244 -> 1237 us, and 620 -> 607 us for
+// pythia-1.4b. Rows of the LM head are dealt out in the same way.
+//
+// Two costs are not bytes, and so they are counted as bytes. A cached token counts 1.5 times (KV_WEIGHT / 2),
+// because softmax makes it slower to use than to read: 1441 -> 1392 us at T = 2000. In small models, a head's
+// chain of small steps takes time in which it reads little: ATTENTION_BYTES, 24 KiB in pythia-160m. It is 0
+// in 2.8b, where the producer fills the ring during these steps.
 constexpr int KV_WEIGHT = 3;
 static_assert(64ll * (8ll * HS * C + 2ll * KV_WEIGHT * HS * CTX + ATTENTION_BYTES) < 1ll << 31,
               "make_plan counts in 32 bits");
 
-// The share that block `index` of `blocks` has of rows first..first + n - 1: as many whole tiles as all can have,
-// dealt out in turn, so that blocks read near one another; then a run of what is left.
+__device__ int Share::at(int i) const {
+  return i < dealt ? first_dealt + i * blocks : first_rest + i - dealt;
+}
+
+// What block `index` of `blocks` gets of the rows first .. first + n - 1.
 __device__ Share deal(int first, int n, int index, int blocks) {
-  const int begin = n * index / blocks, end = n * (index + 1) / blocks;
+  const int begin = n * index / blocks, end = n * (index + 1) / blocks;  // if each block got a run
   const int dealt = n / blocks / TILE_ROWS * TILE_ROWS;
   return {end - begin, dealt, first + index * TILE_ROWS, blocks, first + begin + dealt * (blocks - index)};
 }
@@ -566,17 +1553,21 @@ __device__ Plan make_plan(int block, int blocks, int position) {
   Plan p;
   p.rank = block % K; p.cluster = block / K; p.clusters = blocks / K;
   const int heads = NH / p.clusters, busy = NH % p.clusters * K;  // the first `busy` blocks have one more
-  // Units are shared out in grains of C / 64 bytes, 256 a unit; in ints, as 64-bit divisions take a GPU long.
+
+  // Solve the equation in 256ths of a unit, C / 64 bytes. In 32 bits, because a GPU divides 64 bits slowly.
   const int head_bytes = (8 * HS * C + 2 * KV_WEIGHT * HS * position) / K + ATTENTION_BYTES;
-  const int head_grains = 64 * head_bytes / C, fair_grains = (256 * F + head_grains * NH * K) / blocks;
+  const int head_grains = 64 * head_bytes / C, fair_grains = (256 * MLP + head_grains * NH * K) / blocks;
   const int busy_grains = max(fair_grains - (heads + 1) * head_grains, 0);  // units of a busy block
   const int busy_units = busy_grains * busy / 256;
   const bool is_busy = block < busy;
   p.units = is_busy ? deal(0, busy_units, block, busy)
-                    : deal(busy_units, F - busy_units, block - busy, blocks - busy);
-  // Shares of whole tiles, rounded up: two a head, at (1) and (2). What is left comes last.
+                    : deal(busy_units, MLP - busy_units, block - busy, blocks - busy);
+
+  // When to do them: some tiles during (1) and (2) of every head, the others at the end.
   const int shares = 2 * (heads + is_busy) + 1;
   p.filler = ceil_div(ceil_div(p.units.count, shares), TILE_ROWS) * TILE_ROWS;
+
+  // Split the cached tokens among the ranks.
   const int tokens = ceil_div(position, K);
   p.first_token = min(tokens * p.rank, position);
   p.last_token = min(tokens * (p.rank + 1), position);
@@ -590,614 +1581,105 @@ __device__ void load_rope(const Model& m, Shared& s, int position, int threads) 
   }
 }
 
-struct Ring {  // a place in the ring: the next stage, and the parity of the phase it is in
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ void next() {
-    if (++stage == STAGES) { stage = 0; parity ^= 1; }
-  }
-};
-
-__device__ half* cache_row(const Model& m, int layer, int kv, int head, int token) {
-  return m.cache + (((size_t)(layer * 2 + kv) * NH + head) * CTX + token) * HS;
+__device__ void Worker::prepare(int at) const {  // for the token at position `at`
+  if (tid == 0) s.plan = make_plan(blockIdx.x, gridDim.x, at);
+  load_rope(m, s, at, WORKERS);
 }
 
-// ---- The producer ----------------------------------------------------------------------------------------
-// The same tiles in the same order as the workers' (chapter 8): a stage carries no name, order alone says
-// what is in it. A copy brings the rows that exist; the rest of its stage keeps old bytes.
-struct Producer {
-  const Model& m;
-  Shared& s;
-  const uint64_t policy = read_once_policy();
-  Ring ring;
-  uint32_t token_parity = 0;
-  unsigned long long next = 0;  // ns; no copy starts before
-
-  // Waits for (E), and for the pace. Memory serves some blocks faster than others, and all wait for the last
-  // one at (4); so all blocks together ask for PACE bytes a ns at most, an equal share each. In 2.8b that is
-  // what memory delivers on paper. Time that is lost, but for the clock's grain, is not made up for.
-  __device__ void claim(uint32_t bytes) {
-    // (E) A new barrier answers as if a phase of parity 1 were complete, so the first lap does not wait.
-    wait(m, s, &s.empty[ring.stage], ring.parity ^ 1, SYNC_EMPTY);
-    unsigned long long now;
-    while ((now = global_ns()) < next && next - now < 1'000'000) {}  // more: the clock was set back
-    next = max(next, now - CLOCK_NS) + bytes * gridDim.x / PACE;
-    barrier_expect(&s.full[ring.stage], bytes);  // (F)
-  }
-  __device__ void copy(void* to, const void* from, uint32_t bytes) {
-    bulk_copy(to, from, bytes, &s.full[ring.stage], policy);
-  }
-  // Biases come with a tile's first stage, from a multiple of 8 on: copies start at multiples of 16 bytes.
-  __device__ void rows(const half* w, const half* bias, int first, int last) {
-    for (int row = first; row < last; row += TILE_ROWS) {
-      const int n = min(TILE_ROWS, last - row), skip = row % 8;
-      for (int done = 0; done < n; done += STAGE_ROWS) {
-        const int bytes = min(STAGE_ROWS, n - done) * C * 2;
-        const int bias_bytes = bias && done == 0 ? ceil_div(skip + n, 8) * 16 : 0;
-        claim(bytes + bias_bytes);
-        copy(s.ring[ring.stage], w + (size_t)(row + done) * C, bytes);
-        if (bias_bytes) copy(s.bias[ring.stage], bias + row - skip, bias_bytes);
-        ring.next();
-      }
-    }
-  }
-  __device__ void units(const Layer& w, const Share& share, int& done, int end) {
-    for (; done < end; done += TILE_ROWS) {
-      const int unit = share.at(done), n = min(TILE_ROWS, end - done);
-      rows(w.w_up, w.b_up, unit, unit + n);
-      rows(w.w_down, nullptr, unit, unit + n);
-    }
-  }
-  // Not the newest token, which is still on its way to the cache: S5 has it in k_new and v_new.
-  __device__ void tokens(const half* k, const half* v, int first, int last) {
-    for (int t = first; t < last; t += KV_TOKENS) {
-      const int bytes = min(KV_TOKENS, last - t) * HS * 2;
-      claim(2 * bytes);
-      copy(s.ring[ring.stage], k + (size_t)t * HS, bytes);
-      copy(s.ring[ring.stage] + KV_TOKENS * HS, v + (size_t)t * HS, bytes);
-      ring.next();
-    }
-  }
-  __device__ void token(int first_layer, int last_layer, int position, bool is_first, bool lm_head) {
-    const Plan plan = make_plan(blockIdx.x, gridDim.x, position);  // s.plan is of the workers' token
-    for (int layer = first_layer; layer < last_layer; layer++) {
-      const Layer& w = m.layers[layer];
-      int done = 0;  // units
-      for (int h = plan.cluster; h < NH; h += plan.clusters) {
-        const int qkv = h * 3 * HS + plan.rank * QKV_ROWS, out = h * HS + plan.rank * OUT_ROWS;
-        rows(w.w_qkv, w.b_qkv, qkv, qkv + QKV_ROWS);
-        units(w, plan.units, done, min(done + plan.filler, plan.units.count));
-        if (!is_first && layer == 0 && h == plan.cluster) {  // the token before, made here, is cached
-          wait(m, s, &s.token_ready, token_parity, SYNC_TOKEN);  // (h)
-          token_parity ^= 1;
-          order_copies();
-        }
-        tokens(cache_row(m, layer, 0, h, 0), cache_row(m, layer, 1, h, 0), plan.first_token, plan.last_token);
-        units(w, plan.units, done, min(done + plan.filler, plan.units.count));
-        rows(w.w_out, nullptr, out, out + OUT_ROWS);
-      }
-      units(w, plan.units, done, plan.units.count);
-    }
-    if (lm_head)
+// All that the producer does: for each token, its layers and its LM head. How can it begin with a token that
+// is not chosen yet? The rows of the layers are the same for every token. Only the row of embed_in depends on
+// the token, and the workers read that row themselves.
+__device__ void Producer::run(int first_layer, int last_layer, int first, int end, bool with_lm_head) {
+  for (int position = first; position < end; position++) {
+    const Plan plan = make_plan(blockIdx.x, gridDim.x, position);
+    layers(plan, first_layer, last_layer, position == first);
+    if (with_lm_head)
       for (int i = 0; i < s.rows.count; i += TILE_ROWS)
         rows(m.embed_out, nullptr, s.rows.at(i), s.rows.at(i) + min(TILE_ROWS, s.rows.count - i));
   }
-  __device__ void run(int first_layer, int last_layer, int first, int end, bool lm_head) {
-    for (int position = first; position < end; position++)
-      token(first_layer, last_layer, position, position == first, lm_head);
-    wait(m, s, &s.workers_done, 0, SYNC_FULL);  // stays for workers that may hang at (F): see PATIENCE
+  wait(m, s, &s.workers_done, 0, SYNC_FULL);  // stays until all workers are done, see chapter 16
+}
+
+// A carrier needs its two words before the first layer. Those of x_next are 0 when a launch begins. They must
+// not be loaded: by then, another block may have added to them. Those of x_now are loaded before (0). They are
+// added to in layer 1, by blocks that have passed a (4), for which every block had passed (0).
+__device__ void Worker::load_carried(const long long* x_now) {
+  if (tid < WORKERS && 2 * carried < C) own_now = load_relaxed(x_now + 2 * carried);
+  own_next = {0, 0};  // as the launch before has left it
+}
+__device__ void Worker::begin(int first_layer) {
+  norms = load_norms(first_layer);
+}
+
+// Clears the buffer that was read before the last one, for the next launch, and writes State. No block still
+// needs either: every block has added to the last x, and so has read what came before it.
+__device__ void Worker::finish(long long* x_next, int token, int position, unsigned steps) const {
+  if (lane == 0) barrier_arrive(&s.workers_done);
+  if (2 * carried < C) x_next[2 * carried] = x_next[2 * carried + 1] = 0;
+  if (blockIdx.x == 0 && tid == 0) {
+    State& state = *m.state;
+    state.token = token, state.position = position, state.steps = steps, state.votes = s.votes;
   }
-};
+}
 
-// ---- The workers -----------------------------------------------------------------------------------------
-struct Norms { uint4 w1[PIECES], b1[PIECES], w2[PIECES], b2[PIECES]; };  // LayerNorms' gains and biases, fp16
+__device__ void barriers_exist();  // makes initialised mbarriers known to peers and to bulk copies
+__device__ void cluster_sync();    // waits until all threads of all blocks of the cluster are here
 
-struct Worker {  // one thread's view
-  const Model& m;
-  Shared& s;
-  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
-  const int team = TEAMS == 1 ? 0 : tid / TEAM, piece = TEAMS == 1 ? tid : tid % TEAM, team_warp = piece / 32;
-  const int row = lane % R * TEAMS + team;  // which row of a tile this lane finishes, of the R of its team
-  Ring ring;
-  int flip = 0;                             // which half of `dots` is next, see dot_tile
-  uint32_t head_parity = 0, sums_parity = 0;
-  Columns y;
-  const int carried = (gridDim.x - 1 - blockIdx.x) * WORKERS + tid;  // pair of columns; past C / 2: none
-  longlong2 own_now, own_next;              // of that pair, the words of x, and those that x_next began with
+// The kernel: what every thread of the grid runs. threadIdx.x is the number of the thread in its block,
+// blockIdx.x the number of the block, gridDim.x that of all blocks. __launch_bounds__ lets the compiler give
+// a thread all registers that 352 threads on one processor leave it. __grid_constant__ keeps the parameter
+// where it is, instead of a copy in each thread. The size of `raw`, the block's shared memory, is set by the
+// launch.
+//   new_tokens    how many tokens to make; fewer if the cache ends before. 0: run only layers first_layer
+//                 to last_layer - 1, without LM head
+__global__ void __launch_bounds__(WORKERS + 32, 1)
+fused_block(const __grid_constant__ Model m, const int first_layer, const int last_layer,
+            const int new_tokens) {
+  extern __shared__ __align__(128) uint8_t raw[];
+  Shared& s = *reinterpret_cast<Shared*>(raw);
+  const State& state = *m.state;
+  const int token = state.token, position = state.position;
+  const unsigned steps = state.steps;
 
-  // Column of a thread's element i: consecutive threads read consecutive 16 bytes, none waiting for another.
-  __device__ int column(int i) const { return (i / 8 * TEAM + piece) * 8 + i % 8; }
-  __device__ uint4 weights(int stage_row, int p) const {
-    return as16(&s.ring[ring.stage][stage_row * C + column(8 * p)]);
+  // If the cache has no room, all blocks leave, and nothing changes.
+  const int end = min(position + max(new_tokens, 1), CTX);
+  if (position >= end) return;
+
+  // Set up what the block shares.
+  if (threadIdx.x == 0) {
+    s.plan = make_plan(blockIdx.x, gridDim.x, position);
+    s.rows = deal(0, V, blockIdx.x, gridDim.x);
+    s.settings = *m.settings;
+    s.tally_before[0] = state.tally[0], s.tally_before[1] = state.tally[1];
+    s.votes = state.votes, s.tallies = 0;
+    for (int i = 0; i < SLOTS; i++) barrier_init(&s.full[i], 1), barrier_init(&s.empty[i], WARPS);
+    barrier_init(&s.qkv_ready, 1), barrier_init(&s.slice_ready, 1), barrier_init(&s.sums_ready, 1);
+    barrier_init(&s.token_ready, 1), barrier_init(&s.workers_done, WARPS);
+    barriers_exist();
   }
-  __device__ void wait_full() const { while (barrier_open(&s.full[ring.stage], ring.parity)) {} }  // (F)
-  __device__ void release() {
-    __syncwarp();                                           // (E) all lanes have read: one arrival a warp
-    if (lane == 0) barrier_arrive(&s.empty[ring.stage]);    // (E)
-    ring.next();
-  }
+  load_rope(m, s, position, WORKERS + 32);
+  Worker worker{m, s};
+  worker.load_carried(worker.buffer(steps));
 
-  // DOT TILE. The next tile's n rows times x, plus bias; biases start `skip` places into what was copied.
-  // Team t has rows t, t + TEAMS, ...; each of its lanes returns row `row`. From n on that is a sum of old
-  // bytes, NaN perhaps, or 0, for nobody to use: a branch a row would cost more than the row, as loads could
-  // not start together. One (c) a tile is enough, with two buffers in turn: a warp that writes one for tile i
-  // + 2 has passed (c) of tile i + 1, at which every warp arrived after it had read tile i.
-  __device__ float dot_tile(const Columns& x, int n, int skip, bool has_bias) {
-    float sums[R] = {}, bias = 0;
-    for (int part = 0; part < PARTS; part++) {
-      if (part * STAGE_ROWS >= n) break;
-      wait_full();  // (F)
-      for (int i = 0; i < R / PARTS; i++) {
-        const int r = part * R / PARTS + i;
-        for (int p = 0; p < PIECES; p++) sums[r] = dot8(weights(i * TEAMS + team, p), x + 8 * p, sums[r]);
-      }
-      if (part == 0 && has_bias && row < n) bias = __half2float(s.bias[ring.stage][skip + row]);
-      release();  // (E)
-    }
-    float sum = reduce_rows(sums, lane);
-    if (TEAM_WARPS > 1) {
-      float(&part)[R][TEAM_WARPS] = s.dots[flip][team];
-      if (lane < R) part[lane][team_warp] = sum;
-      team_sync(team);  // (c)
-      sum = 0;
-      for (int w = 0; w < TEAM_WARPS; w++) sum += part[lane % R][w];
-      flip ^= 1;
-    }
-    return sum + bias;
-  }
+  // (0) No push may go to a block that has not begun, or to an mbarrier that does not exist.
+  cluster_sync();  // (0)
 
-  // AXPY TILE. y += a * row for the next tile's rows; lane l holds a of row `row`, as dot_tile leaves it. For
-  // rows from n on it adds 0 times one that exists, as 0 times old bytes may be NaN.
-  __device__ void axpy_tile(float a, int n) {
-    if (row >= n) a = 0;
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-      if (part * STAGE_ROWS >= n) break;
-      wait_full();  // (F)
-      for (int i = 0; i < R / PARTS; i++) {
-        const int r = part * R / PARTS + i, stage_row = i * TEAMS + team;
-        const float of_row = __shfl_sync(~0u, a, r, LANES);
-        const int exists = part * STAGE_ROWS + stage_row < n ? stage_row : 0;
-        for (int p = 0; p < PIECES; p++) axpy8(of_row, weights(exists, p), y + 8 * p);
-      }
-      release();  // (E)
-    }
+  // The first thread of the last warp is the producer, its other 31 have nothing to do.
+  if (threadIdx.x >= WORKERS) {
+    if (threadIdx.x == WORKERS) Producer{m, s}.run(first_layer, last_layer, position, end, new_tokens > 0);
+    return;
   }
 
-  // S0 READ X: from its words, once they are whole; before layer 0, a row of embed_in
-  //   owner   each thread reads a share of the columns, 2 at a time, and gets its own from shared memory
-  //   bytes   8 * C, 20 KB from L2, the same for all blocks     syncs   contains (4), (g); ends with (a)
-  //   why     teams that each read all of x would ask L2 for the same few lines that many times over; threads
-  //           that all wait for the last addition would ask for them all the time, and slow it down
-  // One thread polls a word among the last that are added to, of this rank's columns, so that whichever block
-  // does not come, some rank notices; read_residual checks all.
-  __device__ void wait_for_x(const long long* x_now, unsigned count) const {
-    if (tid == 0) {
-      const long long start = clock64();
-      for (unsigned lack; (lack = lacking(load_relaxed(x_now + (s.plan.rank + 1) * OWN - 2), count));)  // (4)
-        if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_X, s.layer, lack);
-    }
-    workers_sync();  // (g)
-  }
-  __device__ void read_residual(const long long* x_now, unsigned count, Columns& x) {
-    longlong2 q[PAIRS];
-    for (unsigned lack = 1; lack;) {
-      lack = 0;
-      for (int i = 0; i < PAIRS; i++)  // all loads start before the first is used: one trip to L2, not PAIRS
-        if (tid + i * WORKERS < C / 2) q[i] = load_relaxed(x_now + 2 * (tid + i * WORKERS));
-      for (int i = 0; i < PAIRS; i++)
-        if (tid + i * WORKERS < C / 2) lack |= lacking(q[i], count);  // (4)
-    }
-    for (int i = 0; i < PAIRS; i++) {
-      const int pair = tid + i * WORKERS;
-      if (pair == carried) own_now = q[i];
-      if (pair < C / 2)
-        *reinterpret_cast<float2*>(&s.x[2 * pair]) = make_float2(from_word(q[i].x), from_word(q[i].y));
-    }
-    workers_sync();  // (a)
-    for (int i = 0; i < COLS; i++) x[i] = s.x[column(i)];
-  }
+  // All others are workers.
+  worker.run(s.plan, first_layer, last_layer, new_tokens, token, position, end, steps);
+}
 
-  // -1, too, is a row that exists: the launch makes its other tokens, and the host stops at the -1.
-  __device__ const half* embedding(int token) const {
-    return m.embed_in + (size_t)min(max(token, 0), V - 1) * C;
-  }
-  __device__ void read_embedding(int token, Columns& x) const {
-    for (int p = 0; p < PIECES; p++) widen(load16(embedding(token) + column(8 * p)), x + 8 * p);
-  }
-
-  // Called before (4) or (5), so that they have arrived when x has. Layer L is the final LayerNorm.
-  __device__ Norms load_norms(int layer) const {
-    const Layer& w = m.layers[min(layer, L - 1)];
-    Norms n;
-    for (int p = 0; p < PIECES; p++) {
-      const int c = column(8 * p);
-      n.w1[p] = load16((layer < L ? w.ln1_w : m.lnf_w) + c);
-      n.b1[p] = load16((layer < L ? w.ln1_b : m.lnf_b) + c);
-      n.w2[p] = load16(w.ln2_w + c);
-      n.b2[p] = load16(w.ln2_b + c);
-    }
-    return n;
-  }
-
-  // S1 LAYERNORM: x <- (x - mean) / sqrt(var + eps), then xn1 = x * w1 + b1 and xn2 = x * w2 + b2
-  //   owner   every team, for itself: to share what one block computes would take a second sync of the grid
-  //   bytes   8 * C, 20 KB, on their way since before (4)       syncs   contains (b)
-  //   why     E[x^2] - E[x]^2 cancels where the mean is large. So a thread takes its mean first, then sums
-  //           the squared distances to it, and groups of n values merge exactly (Chan, Golub, LeVeque 1979):
-  //               mean = (mean_a + mean_b) / 2, squares = squares_a + squares_b + (mean_a - mean_b)^2 * n / 2
-  __device__ void normalize(Columns& x) {
-    float mean = 0, squares = 0, n = COLS;
-    for (int i = 0; i < COLS; i++) mean += x[i];
-    mean /= n;
-    for (int i = 0; i < COLS; i++) squares += (x[i] - mean) * (x[i] - mean);
-    for (int w = 1; w < LANES; w *= 2) {
-      const float other = __shfl_xor_sync(~0u, mean, w);
-      squares += __shfl_xor_sync(~0u, squares, w) + (other - mean) * (other - mean) * (0.5f * n);
-      mean = 0.5f * (mean + other);
-      n *= 2;
-    }
-    if (TEAM_WARPS > 1) {
-      float(&part)[TEAM_WARPS][2] = s.stats[team];
-      if (lane == 0) part[team_warp][0] = mean, part[team_warp][1] = squares;
-      team_sync(team);  // (b)
-      mean = squares = 0;
-      for (int w = 0; w < TEAM_WARPS; w++) mean += part[w][0];
-      mean /= TEAM_WARPS;
-      for (int w = 0; w < TEAM_WARPS; w++)
-        squares += part[w][1] + n * (part[w][0] - mean) * (part[w][0] - mean);
-    }
-    const float scale = rsqrtf(squares / C + LN_EPS);
-    for (int i = 0; i < COLS; i++) x[i] = (x[i] - mean) * scale;
-  }
-
-  __device__ void affine(const Columns& x, const uint4* gain, const uint4* bias, Columns& out) const {
-    for (int p = 0; p < PIECES; p++) {
-      float g[8], b[8]; widen(gain[p], g); widen(bias[p], b);
-      for (int i = 0; i < 8; i++) out[8 * p + i] = fmaf(x[8 * p + i], g[i], b[i]);
-    }
-  }
-
-  // ClusterGather: a finished row goes to the same place in all K inboxes, our own included. Lanes l, l + R,
-  // ... hold the same row: each takes another rank. After (c) all warps of a team do, so the first pushes.
-  __device__ void cluster_gather(float* place, float value, bool valid, uint64_t* ready) const {
-    if (!valid || team_warp > 0) return;
-    for (int r = lane % LANES / R; r < K; r += LANES / R) push(peer(place, r), value, peer(ready, r));  // (1)
-  }
-
-  // S2 QKV: q, k, v of head h = rows @ xn1 + b
-  //   owner   rank r has rows r*QKV_ROWS.. of the head's 3*HS
-  //   bytes   3 * HS * C * 2 / K     syncs   (F) (E) a stage; (c) a tile; (1) after some hidden units
-  //   why     each tile is pushed as soon as it is finished, so only the last one's journey is left for (1)
-  __device__ void qkv_rows(const Columns& xn1, int h) {
-    if (tid == 0) barrier_expect(&s.qkv_ready, sizeof(s.qkv));  // (1)
-    const int first = s.plan.rank * QKV_ROWS;
-    for (int i = 0; i < QKV_ROWS; i += TILE_ROWS) {
-      const int n = min(TILE_ROWS, QKV_ROWS - i);
-      const float value = dot_tile(xn1, n, (h * 3 * HS + first + i) % 8, true);
-      cluster_gather(&s.qkv[first + i + row], value, row < n, &s.qkv_ready);
-    }
-  }
-
-  // S3 ROPE, S4 APPEND: (a, b) <- (a cos - b sin, b cos + a sin) for dimensions i, i + ROT/2 of q and k
-  //   owner   a thread for each of 3*HS values, the same in every rank; the last rank writes the cache
-  //   bytes   4 * HS to the cache    syncs   after (1); ends with (d)
-  //   why     k and v are rounded to fp16 before use, so that this token is seen now as it will be later;
-  //           every rank rotates for itself, as waiting for another would need a sync more
-  __device__ void rotate_and_append(int layer, int h, int position) {
-    for (int i = tid; i < 3 * HS; i += WORKERS) {
-      const int which = i / HS, d = i % HS;  // 0 q, 1 k, 2 v
-      const float* v = s.qkv + which * HS;
-      float value = v[d];
-      if (which < 2 && d < ROT) {
-        const int pair = d % (ROT / 2);
-        const float other = d < ROT / 2 ? -v[(d + ROT / 2) % ROT] : v[(d + ROT / 2) % ROT];
-        value = fmaf(value, s.rope_cos[pair], other * s.rope_sin[pair]);
-      }
-      if (which == 0) {
-        s.q[d] = value * (rsqrtf((float)HS) * 1.44269504f);  // log2(e): S5's softmax is in powers of 2
-        TAP(TAP_Q + h * HS + d, value);
-      } else {
-        (which == 1 ? s.k_new : s.v_new)[d] = __float2half_rn(value);
-        if (s.plan.rank == K - 1) cache_row(m, layer, which - 1, h, position)[d] = __float2half_rn(value);
-        TAP((which == 1 ? TAP_K : TAP_V) + h * HS + d, value);
-      }
-    }
-    workers_sync();  // (d)
-  }
-
-  // S5 ATTEND: s_t = q . k_t, m = max_t s_t, l = sum_t 2^(s_t - m), o = sum_t 2^(s_t - m) v_t
-  //   owner   rank r has tokens first_token.., dealt out to TOKEN_LANES lanes a token, 8 dimensions a lane;
-  //           the last warp of the last rank, which has the fewest tokens, adds the new one
-  //   bytes   4 * HS * T / K, 328 KB, 9.3 us at T = 2048     syncs   (d); (F) (E) a stage; (e); later (2)
-  //   why     online softmax: a running maximum needs no second pass; when it grows, l and o shrink by
-  //           2^(old - new). Parts with maxima of their own merge alike: lanes, warps (e), ranks (S6)
-  __device__ void attend() {
-    if (tid == 0) barrier_expect(&s.slice_ready, sizeof(s.slice_o) + sizeof(s.slice_ml));  // (2)
-    const int d = lane % TOKEN_LANES * 8, sub = lane / TOKEN_LANES;
-    const bool has_d = d < HS;  // a head of 80 uses 10 lanes of 16
-    float q[8], o[8] = {}, mx = -1e30f, l = 0;
-    for (int i = 0; i < 8; i++) q[i] = has_d ? s.q[d + i] : 0.f;
-
-    if (s.plan.rank == K - 1 && warp == WARPS - 1) {  // the new token
-      float score = has_d ? dot8(as16(s.k_new + d), q, 0) : 0.f;
-      for (int w = 1; w < TOKEN_LANES; w *= 2) score += __shfl_xor_sync(~0u, score, w);
-      if (sub == 0) {
-        mx = score; l = 1;
-        if (has_d) widen(as16(s.v_new + d), o);
-      }
-    }
-
-    // Each lane takes its tokens of a stage at once, with one rescaling.
-    constexpr int STRIDE = WARPS * WARP_TOKENS, BATCH = ceil_div(KV_TOKENS, STRIDE);
-      for (int t0 = s.plan.first_token; t0 < s.plan.last_token; t0 += KV_TOKENS) {
-      const int n = min(KV_TOKENS, s.plan.last_token - t0);
-      wait_full();  // (F)
-      const half *k = s.ring[ring.stage] + d, *v = k + KV_TOKENS * HS;
-      const int base = warp * WARP_TOKENS + sub;
-      float score[BATCH], top = mx;
-      for (int u = 0; u < BATCH; u++) {
-        const int t = base + u * STRIDE;
-        score[u] = t < n && has_d ? dot8(as16(k + t * HS), q, 0) : 0.f;
-      }
-      for (int u = 0; u < BATCH; u++) {  // a loop of its own: the loads of the first start together
-        for (int w = 1; w < TOKEN_LANES; w *= 2) score[u] += __shfl_xor_sync(~0u, score[u], w);
-        if (base + u * STRIDE < n) top = fmaxf(top, score[u]);
-      }
-      const float shrink = exp2f(mx - top);
-      mx = top; l *= shrink;
-      for (int i = 0; i < 8; i++) o[i] *= shrink;
-      for (int u = 0; u < BATCH; u++) {
-        const int t = base + u * STRIDE;
-        if (t < n) {  // else old bytes, NaN perhaps, and 0 * NaN is NaN
-          const float e = exp2f(score[u] - top);
-          l += e;
-          if (has_d) axpy8(e, as16(v + t * HS), o);
-        }
-      }
-      release();  // (E)
-    }
-
-    for (int w = TOKEN_LANES; w < 32; w *= 2) {  // lanes that hold the same dimensions of other tokens
-      const float top = fmaxf(mx, __shfl_xor_sync(~0u, mx, w)), shrink = exp2f(mx - top);
-      mx = top;
-      l *= shrink; l += __shfl_xor_sync(~0u, l, w);
-      for (int i = 0; i < 8; i++) { o[i] *= shrink; o[i] += __shfl_xor_sync(~0u, o[i], w); }
-    }
-    if (sub == 0 && has_d)
-      for (int i = 0; i < 8; i++) s.part_o[warp][d + i] = o[i];
-    if (lane == 0) s.part_m[warp] = mx, s.part_l[warp] = l;
-    workers_sync();  // (e)
-    if (tid < HS) push_slice();
-  }
-
-  // ClusterReduce of o: thread d merges the warps' o[d] and pushes it to d's owner; m and l go to every rank.
-  __device__ void push_slice() const {
-    float top = s.part_m[0], l = 0, o = 0;
-    for (int w = 1; w < WARPS; w++) top = fmaxf(top, s.part_m[w]);
-    for (int w = 0; w < WARPS; w++) {
-      const float shrink = exp2f(s.part_m[w] - top);
-      l = fmaf(shrink, s.part_l[w], l);
-      o = fmaf(shrink, s.part_o[w][tid], o);
-    }
-    const int owner = tid / OUT_ROWS;
-    push(peer(&s.slice_o[s.plan.rank][tid % OUT_ROWS], owner), o, peer(&s.slice_ready, owner));  // (2)
-    if (tid < K) {
-      push(peer(&s.slice_ml[s.plan.rank][0], tid), top, peer(&s.slice_ready, tid));              // (2)
-      push(peer(&s.slice_ml[s.plan.rank][1], tid), l, peer(&s.slice_ready, tid));                // (2)
-    }
-  }
-
-  // S6 MERGE, S7 OUT ROWS: o = sum_r 2^(m_r - m) o_r / sum_r 2^(m_r - m) l_r, then y += o[d] * output row d
-  //   owner   rank r has dimensions r*OUT_ROWS.. of the head; every warp merges for itself what it needs
-  //   bytes   HS * C * 2 / K         syncs   after (2); (F) (E) a stage
-  //   why     parts are added in the order of ranks, not of arrival, so that the bits are the same every time
-  __device__ void out_rows(int h) {
-    float top = s.slice_ml[0][0], weight[K], l = 0;
-    for (int r = 1; r < K; r++) top = fmaxf(top, s.slice_ml[r][0]);
-    for (int r = 0; r < K; r++) {
-      weight[r] = exp2f(s.slice_ml[r][0] - top);
-      l = fmaf(weight[r], s.slice_ml[r][1], l);
-    }
-    for (int i = 0; i < OUT_ROWS; i += TILE_ROWS) {
-      const int n = min(TILE_ROWS, OUT_ROWS - i);
-      float o = 0;
-      if (row < n) {
-        for (int r = 0; r < K; r++) o = fmaf(weight[r], s.slice_o[r][i + row], o);
-        o /= l;
-        TAP(TAP_O + h * HS + s.plan.rank * OUT_ROWS + i + row, o);
-      }
-      axpy_tile(o, n);
-    }
-  }
-
-  // S8 HIDDEN UNITS: h_j = gelu(up row j . xn2 + b_j), y += h_j * down row j
-  //   owner   a block has units first_unit..last_unit - 1, and nobody else needs to know h_j
-  //   bytes   4 * C a unit           syncs   (F) (E) a stage; (c) a tile
-  //   why     it needs nothing but x, so it fills the time in which something else is on its way; Pythia is
-  //           trained with gelu(a) = a/2 (1 + erf(a / sqrt 2)), from which that by tanh is off by up to 5e-4
-  __device__ void units(const Columns& xn2, int& done, int end) {
-    for (; done < end; done += TILE_ROWS) {
-      const int unit = s.plan.units.at(done), n = min(TILE_ROWS, end - done);
-      const float a = dot_tile(xn2, n, unit % 8, true);
-      const float hidden = 0.5f * a * (1 + erff(a * 0.70710678f));
-      if (row < n) TAP(TAP_H + unit + row, hidden);
-      axpy_tile(hidden, n);
-    }
-  }
-
-  // S9 SUM: x_next = x + output biases, by carry, + sum over all teams of y
-  //   owner   every team pushes its y to the ranks that own its columns; rank r adds r*OWN.. to x_next
-  //   bytes   4 * C a team, 10 KB to shared memories; 8 * C a cluster, 20 KB to L2     syncs   contains (3)
-  //   why     the cluster adds up first (ClusterReduce), as additions to one address queue up in L2; in the
-  //           order of ranks and teams, as these sums are fp32
-  __device__ void cluster_reduce() {
-    if (tid == 0) barrier_expect(&s.sums_ready, sizeof(s.sums));  // (3)
-    for (int p = 0; p < PIECES; p++) {
-      const int c = column(8 * p), owner = c / OWN;
-      const uint32_t place = peer(&s.sums[s.plan.rank * TEAMS + team][c % OWN], owner),
-                     ready = peer(&s.sums_ready, owner);
-      for (int i = 0; i < 8; i += 4) push4(place + 4 * i, y + 8 * p + i, ready);  // (3)
-    }
-    wait(m, s, &s.sums_ready, sums_parity, SYNC_SUMS);  // (3)
-    sums_parity ^= 1;
-  }
-
-  // Thread i adds column i: a warp's 32 additions are 256 bytes side by side, two requests to L2.
-  __device__ void add_to_residual(long long* x_next) const {
-    for (int c = tid; c < OWN; c += WORKERS) {
-      float sum = 0;
-#pragma unroll 8
-      for (int part = 0; part < K * TEAMS; part++)
-        sum += s.sums[part][c];
-      add_relaxed(x_next + s.plan.rank * OWN + c, to_word(sum));
-    }
-  }
-
-  // One thread for each pair of columns, of the last blocks: where heads are few, they have none. It takes
-  // away the old word, count and all; `lap` is what the new count starts from. Unsigned, as that may wrap.
-  __device__ void carry(int layer, int token, long long* x_next, int lap) const {
-    const int c = 2 * carried;
-    if (c >= C) return;
-    const Layer& w = m.layers[layer];
-    const float2 out = widen2(w.b_out + c), down = widen2(w.b_down + c),
-                 x = layer == 0 ? widen2(embedding(token) + c)
-                                : make_float2(from_word(own_now.x), from_word(own_now.y));
-    add_relaxed(x_next + c, to_word(x.x + out.x + down.x) + lap - (unsigned long long)own_next.x);
-    add_relaxed(x_next + c + 1, to_word(x.y + out.y + down.y) + lap - (unsigned long long)own_next.y);
-  }
-
-  // (5) A vote of all blocks. Each brings what its threads have found, and gets what all have found together.
-  // The counter only grows: nothing to reset, no phase to mix up; the difference is right where it wraps.
-  __device__ Vote vote(Vote mine, unsigned& votes) const {
-    Vote* const votes_of_all = m.state->vote;
-    Vote& all = votes_of_all[votes % 3];
-    if (blockIdx.x == 0 && tid == 0) votes_of_all[(votes + 1) % 3] = {};  // last read before the vote before
-    merge_lanes(mine);
-    if (lane == 0) s.vote[warp] = mine;
-    workers_sync();  // (f)
-    if (warp == 0) {
-      mine = lane < WARPS ? s.vote[lane] : Vote{};
-      merge_lanes(mine);
-    }
-    votes++;
-    if (tid == 0) {
-      atomicMax(&all.best, mine.best), atomicMax(&all.drawn, mine.drawn);
-      if (mine.mass) atomicAdd(&all.mass, mine.mass);
-      if (mine.count) atomicAdd(&all.before, mine.before), atomicAdd(&all.count, mine.count);
-      unsigned* counter = &m.state->counter;
-      const unsigned target = votes * gridDim.x;
-      arrive_release(counter);  // (5)
-      const long long start = clock64();
-      for (unsigned seen; (int)((seen = load_acquire(counter)) - target) < 0;)  // (5)
-        if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_GRID, s.layer, target - seen);
-    }
-    workers_sync();  // (g)
-    return all;  // (5) acquired it, and (g) passes that on to all threads of the block: plain loads will do
-  }
-  __device__ static void merge_lanes(Vote& v) {
-    for (int w = 16; w >= 1; w /= 2) {
-      v.best = max(v.best, __shfl_xor_sync(~0u, v.best, w));
-      v.drawn = max(v.drawn, __shfl_xor_sync(~0u, v.drawn, w));
-      v.mass += __shfl_xor_sync(~0u, v.mass, w);
-      v.before += __shfl_xor_sync(~0u, v.before, w);
-      v.count += __shfl_xor_sync(~0u, v.count, w);
-    }
-  }
-
-  // S10 LM HEAD: logits = rows @ LNf(x)
-  //   owner   a block has s.rows; a thread keeps the logit of row `row` of every GROUPS-th tile, KEPT at most
-  //   bytes   V * C * 2 / 132, 1.95 MB, 55 us     syncs   after (4); (F) (E) a stage; (c) a tile; then (5)
-  __device__ int kept_token(int k) const {  // whose logit it is; V: none
-    const int i = (k * GROUPS + piece / R) * TILE_ROWS;
-    return i + row < s.rows.count ? s.rows.at(i) + row : V;
-  }
-  __device__ void lm_head(const Columns& x, float (&logits)[KEPT]) {
-    for (int i = 0; i < s.rows.count; i += TILE_ROWS) {
-      const float logit = dot_tile(x, min(TILE_ROWS, s.rows.count - i), 0, false);
-#pragma unroll
-      for (int k = 0; k < KEPT; k++)
-        if (i == (k * GROUPS + piece / R) * TILE_ROWS) logits[k] = logit;
-    }
-#pragma unroll
-    for (int k = 0; k < KEPT; k++)
-      if (kept_token(k) < V) m.logits[kept_token(k)] = logits[k];
-  }
-
-  // Noise for the token at `position`: -T * log(E), E ~ Exp(1). It depends on nothing that is computed here, so
-  // it is made before (4), while x is on its way.
-  __device__ void draw_noise(int position, float (&noise)[KEPT]) const {
-    const float temperature = m.settings->temperature;
-#pragma unroll
-    for (int k = 0; k < KEPT; k++) {
-      noise[k] = 0;
-      if (temperature > 0 && kept_token(k) < V)
-        noise[k] = -temperature * logf(-log1pf(-uniform(m.settings->seed, position, kept_token(k))));
-    }
-  }
-
-  // What this block has to say: of all its tokens, and of those ranked before the candidate.
-  __device__ Vote tally(const float (&logits)[KEPT], const float (&noise)[KEPT], float largest,
-                        unsigned long long candidate) const {
-    Vote v = {};
-#pragma unroll
-    for (int k = 0; k < KEPT; k++) {
-      const int token = kept_token(k);
-      if (token == V) continue;
-      const unsigned long long rank = rank_of(logits[k], token);
-      const float part = expf((logits[k] - largest) / m.settings->temperature);
-      const unsigned long long mass = __float2ull_rz(part * (1ull << 40));
-      v.mass += mass;
-      if (rank <= candidate) continue;
-      v.before += mass, v.count++;
-      v.drawn = max(v.drawn, rank_of(logits[k] + noise[k], token));
-    }
-    return v;
-  }
-
-  // The token: argmax of logit + noise over the tokens that top-k and top-p keep; -1 if logits are not finite.
-  __device__ int choose(const float (&logits)[KEPT], const float (&noise)[KEPT], unsigned& votes) const {
-    Vote mine = {};
-#pragma unroll
-    for (int k = 0; k < KEPT; k++) {
-      const int token = kept_token(k);
-      if (token == V) continue;
-      mine.best = max(mine.best, rank_of(logits[k], token));
-      mine.drawn = max(mine.drawn, rank_of(logits[k] + noise[k], token));
-    }
-    Vote all = vote(mine, votes);
-    const float largest = logit_of(all.best);
-    if (!(fabsf(largest) <= 3.4028235e38f)) return -1;
-    const Settings& settings = *m.settings;
-    const bool cut_k = settings.top_k < V, cut_p = settings.top_p < 1;
-    if (settings.temperature == 0 || !(cut_k || cut_p)) return token_of(all.drawn);
-
-    unsigned long long mass = 0;
-    if (cut_k && cut_p) {  // bisect for a rank that top_k tokens are ranked before
-      unsigned long long low = 0, high = all.best;
-      Vote found;
-      do {
-        const unsigned long long middle = low + (high - low) / 2;
-        found = vote(tally(logits, noise, largest, middle), votes);
-        (found.count > settings.top_k ? low : high) = middle;
-      } while (found.count != settings.top_k);
-      mass = found.before;
-    }
-    while (true) {
-      const int token = token_of(all.drawn);
-      all = vote(tally(logits, noise, largest, rank_of(load_relaxed(m.logits + token), token)), votes);
-      if (mass == 0) mass = all.mass;
-      if (all.count < settings.top_k && all.before < settings.top_p * mass) return token;
-    }
-  }
-};
-
-// 8. The kernel ===========================================================================================
-// Layer L is the LM head, which shares S0 and S1's code with the layers. Below, a layer of 2.8b at T = 128,
-// in steps that end at the marks of -DTIMELINE: what thread 0 of rank 1 of cluster 5 (block 11) does; the KB
-// that its block reads, and their us at 35.2 KB a us; the us it took, means of the layers in results/.
+// 11. A layer in time =====================================================================================
+// What thread 0 of rank 1 of cluster 5, block 11, does in one layer. Each line ends at the mark in the first
+// column (chapter 18). "KB" is what the block reads, "share" the us that these bytes need at 35.2 KB a us,
+// and "took" the us that it took, as a mean over the layers of the record in results/. All are rounded.
 //
-//  mark        thread 0 of block 11; the others of its block                  KB  share  took  waits for
+//  mark        thread 0 of block 11; the other threads of its block           KB  share  took  waits for
 //  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                 1.5  L2, (a)
 //              S1: has columns 0..7 from here on                                               (b)
 //  QKV         S2: rows 1320..1439: head 5, k from dimension 40 on, and v    615   17.5  13.4  memory
@@ -1212,116 +1694,344 @@ struct Worker {  // one thread's view
 //  START       (4): being thread 0, polls columns 2558 and 2559 of x                      3.7  other blocks
 //  a layer                                                                  1198   34.0  36.0
 //
-// Of the 3.7 us at (4), 1.0 pass until the last block has added, 1.8 until the first knows that x is whole,
-// 0.8 until this one does. From the last unit to the end of S2 it is 19.5 us, of which bytes need 17.5. In
-// the first 6.1 no stage is freed: copies go on for the 5.8 that the ring holds. Later steps lose no more.
+// A layer takes 1.9 us longer than its bytes need. Where do they go? From the last unit of a layer to the end
+// of the next S2 it is 19.5 us, and the bytes of S2 need 17.5 of them. The first 6.1 us are S9, (4), S0 and
+// S1, which read no rows and free no slot, but the ring holds only 5.8 us of copies. The other steps lose
+// nothing. The 3.7 us at (4) are 1.0 until the last block has added, 1.8 more until the first block sees a
+// complete x, and 0.8 more until this block does.
+//
+// Follow one number: hidden unit 382 of block 11, in layer 0 of a launch's first token.
+//  1. Its up row lies in global memory: w_up + 382 * C, 5120 bytes.
+//  2. The producer of block 11 has copied 120 rows for S2: 15 tiles, 30 half tiles, three rounds of the ring.
+//     So rows 382..385 go to slot 0. The producer waits until slot 0 is empty, (E), announces 20480 bytes of
+//     rows and 32 of biases at full[0], and starts two copies: to ring[0] and to bias[0].
+//  3. When all bytes have landed, (F) lets the workers go. Thread 0 reads columns 0..7 of row 382 from
+//     ring[0], multiplies them with its xn2[0..7], and adds them up in dots[0]. Threads 1 to 319 do the same
+//     with their columns. Each warp arrives at empty[0]: (E).
+//  4. reduce_rows brings the sum of each warp to its lanes 0, 8, 16 and 24. Lane 0 writes it to warp_dots.
+//     After (c), these lanes of every warp add up the 10 sums, and bias[0][6]. Place 6, because the copy
+//     began at the bias of unit 376. This is the argument of gelu, and now 40 threads have h_382.
+//  5. The down row arrives in slot 2, behind the second half of the up tile. After (F), lane 0 gives h_382 to
+//     its warp by a shuffle, and thread 0 adds h_382 times columns 0..7 of the row to its y[0..7].
+//  6. y stays in registers until the block has done its other 34 units and 40 output rows. Then thread 0
+//     pushes y[0..7] into the inbox of rank 0, block 10: sums[1][0..7].
+//  7. Block 10 waits until all pushes have landed, (3). Its thread 0 adds up sums[0][0] and sums[1][0], makes
+//     an integer of the sum, and adds it to word 0 of x_next, in L2, together with a count of 1.
+//  8. Thread 0 of block 131 is the carrier of column 0. Sooner or later, it adds x[0] + biases - old to the
+//     same word.
+//  9. After 66 clusters and the carrier, word 0 is complete. In every block, thread 0 sees by another word
+//     that x is probably complete, (4), and lets the block go, (g). It then reads word 0, checks its count,
+//     and puts the value into s.x[0]. After (a), thread 0 of each block takes x[0..7] from there. So h_382
+//     has reached all 132 blocks.
 
-// tokens: how many to make, fewer where the cache ends; 0: first_layer..last_layer - 1 alone, no LM head.
-// Every thread keeps token, position, steps and made for itself; all have the same.
-__global__ void __launch_bounds__(WORKERS + 32, 1)
-fused_block(const __grid_constant__ Model m, const int first_layer, const int last_layer, const int tokens) {
-  extern __shared__ __align__(128) uint8_t raw[];
-  Shared& s = *reinterpret_cast<Shared*>(raw);
-  State& state = *m.state;
-  int token = state.token, position = state.position;
-  unsigned steps = state.steps, votes = state.votes;
-  const int end = min(position + max(tokens, 1), CTX);
-  if (position >= end) return;  // no row left in the cache: all blocks leave, and nothing changes
+// 12. Why it is safe ======================================================================================
+// Inboxes. A block must not push into an inbox before the receiver has read what was there. The rule: before
+// the peer pushes again, it has waited for a later message from the receiver, and the receiver sent this
+// message only after it had read the inbox.
+//
+//     inbox of          is read in  what the receiver then sends                     a peer waits for it at
+//     (1) q, k, v       S3          its top, l, o of this head, after (d)            (2)
+//     (2) top, l, o     S6          its rows of the next head's q, k, v; or its y    (1), or (3)
+//     (3) y             S9          its additions to x                               (4)
+//
+// For example, the inbox qkv of rank 1 of cluster 5, during head 5 of layer 0 and head 5 of layer 1. Times
+// are us since layer 0 began, by the table of chapter 11.
+//     1.5 .. 14.9   Both ranks do S2. Rank 0 pushes its rows into rank 1's qkv, rank 1 its own.
+//     19.3          Rank 1 passes (1), for which it waited with parity 0: 960 bytes are here.
+//     < 21.0        Rank 1's threads read qkv in S3. (d): all have read it.
+//     21.0          Rank 1 pushes top, l and o to rank 0.
+//     24.5          Rank 0 passes (2). So it has rank 1's push of 21.0, and therefore rank 1 has read qkv.
+//     37.5          Rank 0 begins S2 of layer 1, and pushes into rank 1's qkv again. This is safe.
+//     55.3          Rank 1 passes (1) with parity 1. This phase could not complete before rank 1 saw the
+//                   first one, because rank 0's pushes of layer 1 came after rank 1's of 21.0.
+// The other two inboxes live in the same way. A peer overwrites (2) after it has received the block's next
+// rows or its y, both of which the block pushes after S6. A peer overwrites (3) after (4), and (4) needs the
+// block's additions, which each thread makes after it has read its columns of `sums`.
+//
+// Buffers of x. A block adds to a buffer only after it has passed a (4). This (4) needed additions from every
+// block, and each block made them from the x that it had read before, in the very buffer.
+//
+// Parity. One bit is enough if no phase completes before every waiting thread has seen the last one. (1) and
+// (3): a peer pushes for the next phase after a message that this block sent after its own wait. (2): the
+// next phase needs this block's own top, l and o, which it pushes after (d), where every warp comes after its
+// wait. (h): only the producer waits, and without the producer's copies no worker reaches the next (h).
+//
+// Exit. A block must not end while a push to it or from it is on its way. The last pushes of a token are
+// those of y in its last layer. Their receiver has waited for them, (3), before it added to x; and the sender
+// ends only after a (4) that needed this addition.
+//
+// The end of a launch is a sync, too: the next launch sees x, the cache and State.
+// All this is an argument, not a proof in the terms of PTX's memory model.
+//
+// The same bits in every run. The plan depends on block, grid and position alone. Sums within a cluster are
+// taken in the order of threads, warps and ranks. What comes in any order is integers: words of x,
+// maxima, and tallies.
+//
+// All syncs, and what happens without them. `python test_block.py -k simulated_syncs` leaves out each of
+// them. Then the result changes, or the launch does not end, except for (g) after (4), which only saves time.
+//
+//     sync  who waits, and for what                                 without it
+//     (0)   a cluster's threads: all blocks have set up             a push into a block that has not begun
+//     (1)   a rank: q, k and v from all ranks                       attention with stale q, k or v
+//     (2)   a rank: top, l, o from all ranks                        a rank's tokens are forgotten
+//     (3)   a rank: y from all ranks                                x lacks what a peer adds
+//     (4)   all blocks: x is complete                               LayerNorm of an unfinished x
+//     (5)   all blocks: all have voted, k and v are cached          a token chosen from some of the logits
+//     (6)   all blocks: the tally is complete                       a candidate tested by some of the logits
+//     (F)   workers: a slot is full                                 arithmetic with bytes not here yet
+//     (E)   the producer: a slot is empty                           bytes overwritten while in use
+//     (a)   workers: all of x is in s.x                             columns of the layer before
+//     (b)   a team: warp_stats of all its warps                     a mean of stale values
+//     (c)   a team: warp_dots of all its warps                      stale dot products
+//     (d)   workers: q, k_new, v_new are there, qkv is read         attention with a half-rotated q
+//     (e)   push_slice: the results of all warps                    a merge with the head before
+//     (f)   thread 0: its block has written all that (5), (6) need  a block takes part before it is done
+//     (g)   workers: thread 0 has passed (4), (5) or (6)            at (5) and (6), they run ahead of it
+//     (h)   the producer: thread 0 has passed (5)                   copies of k and v not there yet
 
-  if (threadIdx.x == 0) {
-    s.plan = make_plan(blockIdx.x, gridDim.x, position);
-    s.rows = deal(0, V, blockIdx.x, gridDim.x);
-    for (int i = 0; i < STAGES; i++) barrier_init(&s.full[i], 1), barrier_init(&s.empty[i], WARPS);
-    barrier_init(&s.qkv_ready, 1), barrier_init(&s.slice_ready, 1), barrier_init(&s.sums_ready, 1);
-    barrier_init(&s.token_ready, 1), barrier_init(&s.workers_done, WARPS);
-    barriers_exist();
+// 13. Other shapes ========================================================================================
+// Small models: teams. A row of pythia-70m has 512 columns, so 64 threads hold it. A block has THREADS = 256
+// of them or more, 4 *teams* of 64. Each team takes other rows: row r of a tile belongs to team r mod 4, and
+// a tile has 8 rows for each team, 32. Every team has a y of its own. All teams push their y to the owner of
+// the columns, which adds K * TEAMS of them, in the order of ranks and teams. Every team has all of x, and a
+// (b) and (c) of its own, by a named barrier with its own number.
+//   The inbox (2) and teams: a team without output rows reads slice_o but uses none of it. A team that has
+// output rows also has rows of q, k, v, and so it sends something after reading.
+//
+// Smallest: half warps. A row of pythia-14m has 128 columns, so 16 threads hold it, and a warp is two teams.
+// LANES is 16 then. A team is within one warp, so there is no (b) and (c): TEAM_WARPS == 1.
+//
+// Largest: two pieces. From C = 4096 on, TEAM would be 512 threads and more. There a thread owns PIECES = 2
+// times 8 columns, which lie 8 * TEAM apart, so that neighbouring threads still read neighbouring pieces.
+// ROWS is 4, so that a slot does not grow.
+//
+// Clusters of 1, 4 and 8. Nothing changes but the shares: QKV_ROWS, OUT_ROWS, OWN and the number of tokens.
+// In clusters of 1, a block pushes to itself.
+//
+// More heads than clusters. The loop over h has several turns, and make_plan gives the first blocks one head
+// more than the others.
+//
+// What the code below and above takes for granted, the compiler checks:
+static_assert(C % 128 == 0, "a row is dealt out to half-warps, 16 bytes a lane: C must be a multiple of 128");
+static_assert(NH * HS == C, "the heads together are as wide as the residual stream");
+static_assert(WORKERS % 32 == 0 && WORKERS + 32 <= 1024, "whole warps, and at most 1024 threads in a block");
+static_assert(TEAM % 32 == 0 || 32 % TEAM == 0,
+              "a team is whole warps, or a warp whole teams: C / 8 (C / 16 from 4096 on) must divide so");
+static_assert(TEAM_WARPS == 1 || TEAMS <= 14, "a team of several warps has a named barrier; a block has 16");
+static_assert((ROWS & (ROWS - 1)) == 0 && ROWS <= LANES && ROWS % HALF_TILES == 0,
+        "reduce_rows folds a power of two of rows over a team's lanes, and a tile comes in equal halves");
+static_assert(HS % (2 * K) == 0 && HS % 8 == 0, "ranks share a head's rows evenly; lanes take 8 dimensions");
+static_assert(OWN % 8 == 0, "a rank owns whole pieces of a row");
+static_assert(HS <= WORKERS, "one thread for each dimension of a head merges the warps' attention");
+static_assert(SLOTS >= 2 * HALF_TILES, "two tiles: one being read, one on its way; take fewer ROWS");
+
+// 14. Arithmetic of words =================================================================================
+// Resolution. The value is a multiple of 2^-22 = 2.4e-7. Above 2, this is no coarser than fp32.
+//
+// NaN. An addition that does not fit, of 65536 and more, infinite or NaN, adds FIXED_NAN = 2^47 to the value.
+// from_word returns NaN from FIXED_EDGE = 2^46 on, in both directions. Can other additions hide a FIXED_NAN?
+// There are at most 254 others, each below 65536 * 2^22 = 2^38, together below 2^46: no. Can several
+// FIXED_NAN hide each other? The value has 55 bits, so 256 times 2^47 would wrap around to 0. But there are
+// at most 255 additions, those of 254 clusters (MOST_CLUSTERS) and the carrier's, and 255 * 2^47 wraps around
+// to -2^47. Their sum may exceed 65536 and is still read correctly, up to 2^24. The next carrier then adds it
+// as one addition, which does not fit, and x becomes NaN.
+//
+// Old counts. Before its carrier has come, a word has its old total and the additions of some clusters, at
+// most 254 of them. The count that would make it complete is 256 away from the old total. So it never looks
+// complete, which is the other reason for 254. After the carrier, the count is the true one.
+
+// Noise. Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) scrambles a count of 128 bits, keyed by 64, into four
+// words of 32 bits: ten times two products of 32 bits each, whose upper halves are mixed with the rest. Four tokens
+// share a count. The result is above 0 and up to 1. -log1p(-u) then is E. Written as -log(1 - u), it would lose
+// the digits of a small u, and the tokens with a small E are those that win.
+__device__ float uniform(unsigned long long seed, uint32_t position, uint32_t token) {
+  uint32_t count[4] = {token / 4, position, 0, 0}, key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
+#pragma unroll
+  for (int i = 0; i < 10; i++) {
+    const unsigned long long a = 0xD2511F53ull * count[0], b = 0xCD9E8D57ull * count[2];
+    count[0] = (uint32_t)(b >> 32) ^ count[1] ^ key[0], count[1] = (uint32_t)b;
+    count[2] = (uint32_t)(a >> 32) ^ count[3] ^ key[1], count[3] = (uint32_t)a;
+    key[0] += 0x9E3779B9, key[1] += 0xBB67AE85;
   }
-  load_rope(m, s, position, WORKERS + 32);
-  Worker w{m, s};
-  long long *x_now = m.residual + steps % 2 * C, *x_next = m.residual + (steps + 1) % 2 * C;
-  const bool carries = threadIdx.x < WORKERS && 2 * w.carried < C;
-  if (carries) w.own_now = load_relaxed(x_now + 2 * w.carried);  // before (0), so before any block adds to it
-  w.own_next = {0, 0};  // as the launch before has left it: by now others may have added to it
-  cluster_sync();  // (0)
-
-  if (threadIdx.x >= WORKERS) {
-    if (threadIdx.x == WORKERS) Producer{m, s}.run(first_layer, last_layer, position, end, tokens > 0);
-    return;
-  }
-
-  const Plan& plan = s.plan;
-  const bool is_thread_0 = blockIdx.x == 0 && w.tid == 0;  // of the grid
-  Columns x, xn1, xn2;
-  float logits[KEPT] = {}, noise[KEPT] = {};
-  Norms norms = w.load_norms(first_layer);
-
-  for (int layer = first_layer; position < end;) {
-    if (w.tid == 0) s.layer = layer;
-    if (layer == 0) w.read_embedding(token, x);
-    else {
-      const unsigned count = plan.clusters + 1 + lap(steps);
-      if (layer == L) w.draw_noise(position + 1, noise);                // S10
-      w.wait_for_x(x_now, count); MARK(MARK_START);                     // (4)
-      w.read_residual(x_now, count, x);                                 // S0, (4)
-    }
-    if (layer == last_layer && tokens == 0) break;
-    w.normalize(x);                                                     // S1
-    w.affine(x, norms.w1, norms.b1, xn1);
-
-    if (layer == L) {
-      if (position + 1 < end) {                        // plan, angles: all have used them before (a)
-        if (w.tid == 0) s.plan = make_plan(blockIdx.x, gridDim.x, position + 1);
-        load_rope(m, s, position + 1, WORKERS);
-      }
-      w.lm_head(xn1, logits);                                           // S10
-      norms = w.load_norms(0);
-      token = w.choose(logits, noise, votes);                           // S10, (5)
-      if (w.tid == 0) barrier_arrive(&s.token_ready);                   // (h)
-      if (is_thread_0) m.history[position] = token;
-      position++, layer = 0;
-      continue;
-    }
-
-    w.carry(layer, token, x_next, lap(steps + 1));                      // S9
-    w.affine(x, norms.w2, norms.b2, xn2);
-    for (int i = 0; i < COLS; i++) {
-      w.y[i] = 0;
-      TAP(TAP_XN1 + w.column(i), xn1[i]);
-      TAP(TAP_XN2 + w.column(i), xn2[i]);
-    }
-    MARK(MARK_NORM);
-
-    int done = 0;  // units
-    for (int h = plan.cluster; h < NH; h += plan.clusters) {
-      w.qkv_rows(xn1, h); MARK(MARK_QKV);                               // S2
-      w.units(xn2, done, min(done + plan.filler, plan.units.count));       // S8, while q, k, v travel
-      wait(m, s, &s.qkv_ready, w.head_parity, SYNC_QKV);                // (1)
-      MARK(MARK_1);
-      w.rotate_and_append(layer, h, position);                          // S3, S4
-      w.attend(); MARK(MARK_ATTEND);                                    // S5
-      w.units(xn2, done, min(done + plan.filler, plan.units.count));       // S8, while m, l, o travel
-      wait(m, s, &s.slice_ready, w.head_parity, SYNC_SLICE);            // (2)
-      w.head_parity ^= 1;
-      MARK(MARK_2);
-      w.out_rows(h); MARK(MARK_OUT);                                    // S6, S7
-    }
-    w.units(xn2, done, plan.units.count); MARK(MARK_UNITS);                // S8
-    w.cluster_reduce(); MARK(MARK_3);                                   // S9, (3)
-    w.add_to_residual(x_next);
-    norms = w.load_norms(layer + 1); MARK(MARK_ADDED);
-    long long* const x_last = x_now;
-    x_now = x_next, x_next = x_last, w.own_next = w.own_now, steps++, layer++;
-  }
-  if (w.lane == 0) barrier_arrive(&s.workers_done);
-  if (carries) x_next[2 * w.carried] = x_next[2 * w.carried + 1] = 0;  // all have read it
-  if (is_thread_0) {  // all have added to the x of the last (4), so have read these
-    state.token = token, state.position = position, state.steps = steps, state.votes = votes;
-  }
+  const uint32_t word = token & 2 ? (token & 1 ? count[3] : count[2]) : (token & 1 ? count[1] : count[0]);
+  return fmaf(__uint2float_rn(word), 0x1p-32f, 0x1p-33f);
 }
 
-// 9. Host side ============================================================================================
-// Why cooperative: at (4) and (5) a block waits for all, so two launches that each got half of the
-// multiprocessors would hang. With the attribute the driver starts all blocks at once, or refuses.
+// 15. Pace ================================================================================================
+// Memory does not serve all processors alike. Some blocks get their rows early, and then wait at (4) for
+// blocks that get theirs late. So each producer limits itself to an equal share of PACE, the bytes that all
+// blocks together may ask for in a ns: after a copy of b bytes, the next one may start b * blocks / PACE ns
+// later. In 2.8b, PACE is 4800, which is the bandwidth in the H200's datasheet. Without a pace and with it:
+// 1218 -> 1202 us, and 444 -> 409 us for pythia-1b.
+//
+// A producer that falls behind does not catch up, because memory would not share that equally, either: with
+// up to 0.3 us of catching up, 1264 -> 1267 us. But the clock advances only every 32 ns, so a producer may
+// see its time that much too late. This does not count as falling behind: hence CLOCK_NS in claim. A wait
+// of more than 1 ms can only mean that the clock was set back, and ends. The GPU's
+// other clock counts cycles, which get longer when the GPU is short of power: 1273 -> 1306 us.
+
+// 16. Patience ============================================================================================
+// What if a wait never ends, because of a mistake in this file or a fault of the machine? Then all blocks
+// would wait for ever, and the host with them. So the waits for peers have a limit of 3 s, and those of the
+// producer one of 6 s. The first thread that reaches its limit writes a report to host memory: the number of
+// the sync, its block, the layer, and what it saw. That is the number of missing additions at (4), that of
+// missing blocks at (5), and the parity elsewhere. Then it executes a trap, which ends the launch and the
+// CUDA context, and the host turns the report into an error.
+//
+// The producer's limit is longer so that a worker, which is closer to the cause, reports first. At (F)
+// workers have no limit. If they hang there, the producer makes the report: it does not end before they are
+// done.
+
+// __noinline__ keeps this code out of the loops.
+__device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int seen) {
+  if (atomicCAS_system(&failure->sync, 0, sync) != 0)
+    while (true) __nanosleep(1000);  // another thread is writing its report, and its trap ends this one, too
+  failure->block = blockIdx.x;
+  failure->layer = layer;
+  failure->seen = seen;
+  __threadfence_system();  // the report is written before the trap
+  __trap();
+}
+
+__device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t parity, SyncId sync) {
+  const bool by_peers = sync <= SYNC_SUMS;
+  if (!barrier_open(barrier, parity, by_peers)) return;
+  const long long patience = by_peers ? PATIENCE : 2 * PATIENCE, start = clock64();
+  while (barrier_open(barrier, parity, by_peers))
+    if (clock64() - start > patience) give_up(m.failure, sync, s.layer, parity);
+}
+
+// 17. Toolbox: one function for each instruction that CUDA C++ does not offer =============================
+// asm("...") is an instruction of PTX, the GPU's assembly language. %0, %1 ... stand for the operands behind
+// the colons: results first ("=r" 32 bits, "=l" 64 bits), then inputs. volatile keeps the instruction,
+// "memory" keeps reads and writes on their side of it. Otherwise data could be read before it is here. PTX
+// calls a block a cta.
+
+// These instructions take addresses in shared memory as 32 bits, instead of pointers of 64.
+__device__ uint32_t smem(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+__device__ uint32_t peer(const void* place, int rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem(place)), "r"(rank));
+  return address;
+}
+__device__ void push(uint32_t to, float v, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
+               :: "r"(to), "r"(__float_as_uint(v)), "r"(barrier) : "memory");
+}
+__device__ void push4(uint32_t to, const float* v, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+      :: "r"(to), "r"(__float_as_uint(v[0])), "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])),
+         "r"(__float_as_uint(v[3])), "r"(barrier) : "memory");
+}
+
+__device__ void barrier_init(uint64_t* b, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(smem(b)), "r"(arrivals) : "memory");
+}
+__device__ void barrier_arrive(uint64_t* b) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(smem(b)) : "memory");
+}
+// Where bytes are expected, a plain arrival would not do: it would complete the phase before the bytes are
+// here. Bytes may land before this call; the phase waits for the arrival all the same.
+__device__ void barrier_expect(uint64_t* b, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               :: "r"(smem(b)), "r"(bytes) : "memory");
+}
+// Sleeps for a while if the phase is open. The acquire is for the thread that asks, and for no other one, so
+// every thread that reads the data has to ask. For data from peers it has to cover the cluster. That empties
+// the processor's L1 cache, and so waits for data from this block alone do without.
+#define TRY_WAIT(scope) "{\n.reg .pred p;\n" \
+    "mbarrier.try_wait.parity.acquire." scope ".shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 0, 1, p;\n}"
+__device__ bool barrier_open(uint64_t* b, uint32_t parity, bool by_peers) {
+  uint32_t open;
+  if (by_peers) asm volatile(TRY_WAIT("cluster") : "=r"(open) : "r"(smem(b)), "r"(parity) : "memory");
+  else asm volatile(TRY_WAIT("cta") : "=r"(open) : "r"(smem(b)), "r"(parity) : "memory");
+  return open;
+}
+// Without this, a peer or a bulk copy could use an mbarrier before it is initialised.
+__device__ void barriers_exist() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+__device__ void named_barrier(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
+
+// Weights are read once a token, x is read by all blocks. So copies tell L2 to evict their bytes first: 1212
+// -> 1202 us.
+__device__ uint64_t read_once_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// NVIDIA's name for the hardware that does this is TMA. Addresses and sizes are multiples of 16 bytes.
+__device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint64_t policy) {
+  asm volatile(
+  "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+      :: "r"(smem(to)), "l"(from), "r"(bytes), "r"(smem(full)), "l"(policy) : "memory");
+}
+// Bulk copies reach memory by another way than loads (a "proxy"), and the order of loads is not theirs. After
+// this they see all that this thread has acquired.
+__device__ void order_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// A plain load could find an old x in the processor's own L1 cache. This one goes to L2, where the additions
+// are made, so value and count of a word are of the same moment.
+__device__ longlong2 load_relaxed(const long long* p) {
+  longlong2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.s64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p));
+  return v;
+}
+__device__ float load_relaxed(const float* p) {
+  float v;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(p));
+  return v;
+}
+// "red" is an addition without a result, so no thread waits for it. An atomicAdd may make its caller wait.
+__device__ void add_relaxed(long long* p, long long v) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" :: "l"(p), "l"(v));
+}
+__device__ void arrive_release(unsigned* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" :: "l"(counter) : "memory");
+}
+__device__ unsigned load_acquire(const unsigned* counter) {
+  unsigned v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+  return v;
+}
+
+// .nc is a load of bytes that nothing writes during the launch.
+__device__ uint4 load16(const half* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+__device__ unsigned long long global_ns() {
+  unsigned long long t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t;
+}
+
+// 18. Taps and marks ======================================================================================
+// Both are decided when the kernel is compiled, and the shipped kernel has neither.
+//   -DTAPS       stages write what they compute to Model::taps. The bits of y stay the same. A new tap needs
+//                room in model.py and a name in test_block.py's STAGES
+//   -DTIMELINE   thread 0 of every block writes the time, in ns, at each mark of a layer
+__device__ void Worker::tap(int where, float value) const {
+#ifdef TAPS
+  m.taps[where] = value;
+#endif
+}
+
+__device__ void Worker::mark(Mark event, int layer) const {
+#ifdef TIMELINE  // [blocks][L + 1][MARKS]
+  if (tid == 0) m.timeline[((size_t)blockIdx.x * (L + 1) + layer) * MARKS + event] = global_ns();
+#endif
+}
+
+// 19. Host side ===========================================================================================
+// A block waits for all others at (4), (5) and (6). Two launches with half of the GPU each would wait for ever. So
+// the launch is *cooperative*: with this attribute the driver starts all blocks at once, or refuses.
 
 static cudaLaunchConfig_t configure(cudaLaunchAttribute (&attributes)[2], int clusters, void* stream) {
   attributes[0].id = cudaLaunchAttributeClusterDimension; attributes[0].val.clusterDim = {K, 1, 1};
@@ -1334,11 +2044,13 @@ static cudaLaunchConfig_t configure(cudaLaunchAttribute (&attributes)[2], int cl
   return config;
 }
 
-// 10. Binding: plain C, called through ctypes. Functions return NULL, or what went wrong. =================
-// CUDA keeps an error until it is asked for; cudaGetLastError takes it back, so that no later call finds it.
-#define CHECK(call) do { const cudaError_t e = (call); if (e) return cudaGetLastError(), cudaGetErrorString(e); } while (0)
+// 20. Binding: plain C, called through Python's ctypes ====================================================
+// A function returns NULL, or what went wrong.
+// CUDA keeps an error until a call asks for it. cudaGetLastError takes it back, so that no later call meets it.
+#define CHECK(call) \
+  do { const cudaError_t e = (call); if (e) return cudaGetLastError(), cudaGetErrorString(e); } while (0)
 
-// How many clusters the device holds at once; the occupancy query takes the cluster attribute only.
+// How many clusters the device holds at once. The query accepts only the first attribute, that of clusters.
 extern "C" const char* fused_prepare(int* clusters) {
   int device, multiprocessors;
   cudaLaunchAttribute attributes[2];
@@ -1354,33 +2066,39 @@ extern "C" const char* fused_prepare(int* clusters) {
 }
 
 extern "C" const char* fused_launch(const void* const* pointers, int clusters, int first_layer,
-                                    int last_layer, int tokens, void* stream) {
-  if (first_layer < 0 || first_layer >= last_layer || last_layer > L || tokens < 0 ||
-      (tokens > 0 && last_layer < L) || (tokens > 1 && first_layer > 0))
+                                    int last_layer, int new_tokens, void* stream) {
+  if (first_layer < 0 || first_layer >= last_layer || last_layer > L || new_tokens < 0 ||
+      (new_tokens > 0 && last_layer < L) || (new_tokens > 1 && first_layer > 0))
     return "no such range of layers: take 0 <= first < last <= L; several tokens need all layers";
-  if (tokens > CTX) tokens = CTX;
-  if (clusters * K * WORKERS < C / 2 || clusters * K * WORKERS * KEPT < V)
-    return "too few blocks to carry x, or to keep the logits: launch more clusters";
-  if ((long long)V * clusters * K >= 1ll << 31) return "too many blocks for this vocabulary: launch fewer clusters";
+  const int blocks = clusters * K;
+  if (blocks * WORKERS < C / 2 || blocks < MIN_BLOCKS)
+    return "too few blocks to carry x, or to keep all logits: launch more clusters";
+  if (blocks >= 1 << COUNT_BITS || (long long)V * blocks >= 1ll << 31)
+    return "too many blocks for the counts of a tally, or for this vocabulary: launch fewer clusters";
+  if (new_tokens > CTX) new_tokens = CTX;
   const Model& m = *reinterpret_cast<const Model*>(pointers);
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configure(attributes, clusters, stream);
-  CHECK(cudaLaunchKernelEx(&config, fused_block, m, first_layer, last_layer, tokens));
+  CHECK(cudaLaunchKernelEx(&config, fused_block, m, first_layer, last_layer, new_tokens));
   return nullptr;
 }
 
-// 11. Exercises: edits worth trying, with what to expect of a token of 2.8b at T = 128 on an H200 =========
-// 1. K: cluster=1 and cluster=4 (python bench.py --ablate). Expect 1 to take 28 % longer, as a head's rows
-// all fall to one block, and 4 as long as 2, though fewer blocks fit. Which of (1), (2), (3) takes longer?
-// 2. build.py: ROWS 4 and 16 instead of 8. With 4, reductions come twice as often; with 16, the ring is two
-// tiles, 4 stages of 40 KB, and the producer one tile ahead at most. Expect 4 to cost 3 %, 16 far more.
-// 3. make_plan: filler = 0. The bits of y change, as every thread adds in another order. The block of a head
-// takes longer by what (1) and (2) take to travel; how much is that of a token?
-// 4. build.py: attention_kib = 96. By the bytes that move, expect blocks with a head to add to x 1.4 us
-// earlier, the others 1.4 us later, and a token to take as long; with 2000 tokens cached, 2 % longer. pace =
-// 2**20, which is none: expect 1 % in 2.8b, 9 % in 1b.
-// 5. wait_for_x: leave it out. The bits stay, as all check what they read; expect a token to take 5 % longer,
-// as all poll. Or leave out the check: how often do the bits change, why do some launches not end (carry)?
-// 6. dot_tile: leave out `flip ^= 1`, so that all tiles share one half of `dots`. Find the interleaving of
-// two warps that goes wrong; count how often: on a GPU, or in the orders of simulator.cpp (-k
-// simulated_block).
+// 21. Exercises ===========================================================================================
+// Edits worth trying, with what to expect of a token of 2.8b at T = 128 on an H200.
+//
+// 1. Clusters of 1 and of 4 (python bench.py --ablate). Expect clusters of 1 to take 28 % longer, because all
+//    rows of a head fall to one block. Expect clusters of 4 to take as long as 2, although fewer blocks fit
+//    on the GPU. Which of (1), (2), (3) takes longer?
+// 2. build.py: 4 and 16 ROWS instead of 8. With 4, reductions come twice as often: expect 3 % more. With 16,
+//    the ring is two tiles, 4 slots of 40 KB, and the producer is at most one tile ahead: expect far more.
+// 3. make_plan: filler = 0. The bits of y change, because every thread adds in another order. The block of a
+//    head takes longer by the time in which the pushes of (1) and (2) travel. How much is that for a token?
+// 4. build.py: attention_kib = 96. By the bytes, expect blocks with a head to add to x 1.4 us earlier, and
+//    the others 1.4 us later, but a token to take as long. At T = 2000, expect 2 % more. Then pace = 2**20,
+//    which means no pace: expect 1 % more in 2.8b, and 9 % in pythia-1b.
+// 5. Leave out the call of wait_for_x. The bits stay, because every thread checks what it reads. Expect a
+//    token to take 5 % longer, because all threads poll. Now leave out that check instead. How often do the
+//    bits change, and why do some launches not end (carry)?
+// 6. dot_tile: leave out `flip ^= 1`, so that all tiles use the same warp_dots. Find the interleaving of two
+//    warps that goes wrong. Count how often it does, on a GPU, or in the orders of simulator.cpp
+//    (test_block.py -k simulated_block).

@@ -15,7 +15,6 @@ import math
 import secrets
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -365,24 +364,34 @@ class Sampler:
         """The token (0-d int64) at `position`, from logits [V]; -1 where the largest logit is not finite."""
         best, token = logits.max(-1)                                              # the first of equals
         if self.temperature > 0:
-            keys = logits.float() + self.noise(len(logits), position).to(logits.device)
-            token = keys.where(self.kept(logits.float()), -math.inf).argmax()
+            logits = logits.float().nan_to_num()
+            kept = self.kept(logits)
+            token = kept[(logits[kept] + self.noise(kept, position)).argmax()]
         return token.where(best.isfinite(), -1)
 
-    def noise(self, vocab, position):
-        """-temperature * log(E) [V] fp32, from numpy's Philox4x64-10 (Salmon et al., SC11), which counts."""
-        drawn = np.random.Philox(key=self.seed % 2**64, counter=position << 64).random_raw(vocab)
-        u = torch.from_numpy(drawn.astype(np.float32)) * 2.0**-64
+    def noise(self, tokens, position):
+        """-temperature * log(E) [n] fp32 for token ids [n], by Philox4x32-10 (Salmon et al., SC11).
+
+        Philox keeps no state. It scrambles a count, here (token // 4, position), keyed by the seed, into four
+        words of 32 bits, here one for each of four tokens.
+        """
+        count, low32 = [tokens // 4, position, 0, 0], 2**32 - 1
+        key = self.seed & low32, self.seed >> 32 & low32
+        for _ in range(10):
+            a, b = count[0] * 0xD2511F53, count[2] * 0xCD9E8D57
+            count = [b >> 32 & low32 ^ count[1] ^ key[0], b & low32,
+                     a >> 32 & low32 ^ count[3] ^ key[1], a & low32]
+            key = (key[0] + 0x9E3779B9) & low32, (key[1] + 0xBB67AE85) & low32
+        word = torch.stack(count, 1).gather(1, tokens[:, None] % 4)[:, 0]
+        u = word.float() * 2.0**-32 + 2.0**-33                                    # over 0, up to 1
         return -self.temperature * torch.log(-torch.log1p(-u))
 
     def kept(self, logits):
-        """Which of logits [V] top-k and top-p keep [V] bool. Masses are integers, as the kernel's are."""
-        ranked, order = logits.sort(descending=True, stable=True)
-        mass = (((ranked - ranked[0]) / self.temperature).exp() * 2.0**40).long()
-        likeliest = torch.arange(len(logits), device=logits.device) < (self.top_k or len(logits))
-        limit = math.ceil((self.top_p or 1.0) * float(mass[likeliest].sum()))
-        keep = likeliest & (mass.cumsum(0) - mass < limit)
-        return torch.empty_like(keep).scatter_(0, order, keep)
+        """The ids [n] that top-k and top-p keep of logits [V]. Masses are integers, as the kernel's are."""
+        ranked, order = logits.sort(descending=True, stable=True)                 # equal ones by id
+        mass = (((ranked - ranked[0]) / self.temperature).exp() * 2.0**30).long()[:self.top_k]
+        limit = math.ceil((self.top_p or 1.0) * float(mass.sum()))                # of the mass ranked before
+        return order[:self.top_k][mass.cumsum(0) - mass < limit].sort().values
 
 
 def check_seed(seed):

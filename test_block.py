@@ -32,7 +32,7 @@ from bench import exact_logits
 from build import Fused
 from checkpoint import Refused
 from emulator.emulator import kernel_constants
-from model import SIZES, Config, Pythia
+from model import SIZES, Config, Pythia, Sampler
 from tests import helpers, records
 from tests.helpers import DEEP, SMALL, against, cut, gpu, random_half, report, residual
 
@@ -259,13 +259,13 @@ def test_fused_stages(name):
 # ------------------------------------------------------------------------ the kernel with one thing broken
 
 MUTANTS = {  # number: (what is broken, the first stage that turns red, text of the kernel, text instead)
-    0: ("nothing broken", None, "decode steps of Pythia", "steps"),
+    0: ("nothing broken", None, "#include <cstdint>", "#include <cstdint>"),
     1: ("a peer's part of o left out", "o", "weight[r] = exp2f(", "weight[r] = r == K - 1 ? 0.f : exp2f("),
     2: ("LN1 for LN2", "xn2", "norms.w2, norms.b2", "norms.w1, norms.b1"),
     3: ("RoPE's sign flipped", "q", "d < ROT / 2 ? -v", "d >= ROT / 2 ? -v"),
-    4: ("a team's part of y left out", "y", "part = 0; part < K * TEAMS", "part = 1; part < K * TEAMS"),
+    4: ("a team's part of y left out", "y", "from = 0; from < K * TEAMS", "from = 1; from < K * TEAMS"),
     5: ("the last tile of tokens missed", "o",
-        "(KV_TOKENS, s.plan.last_token", "(KV_TOKENS, s.plan.last_token / KV_TOKENS * KV_TOKENS"),
+        "last_token = s.plan.last_token;", "last_token = s.plan.last_token / KV_TOKENS * KV_TOKENS;"),
     6: ("GELU by tanh", "h", "erff(a * 0.70710678f)", "tanhf(0.79788456f * (a + 0.044715f * a * a * a))"),
     7: ("biases left out", "q", "has_bias && row < n", "false")}
 MIDDLE = cut("pythia-160m")
@@ -310,13 +310,14 @@ SYNCS = {sync: (re.compile(wait), instead) for sync, wait, instead in (
     ("(1)", r"wait\([^;]*SYNC_QKV\)", "false"),
     ("(2)", r"wait\([^;]*SYNC_SLICE\)", "false"),
     ("(3)", r"wait\([^;]*SYNC_SUMS\)", "false"),
-    ("(4)", r"lacking\(q\[i\], count\)", "false"),
-    ("(4) and its poll", r"\(\(count - [^;]*", "0"),
+    ("(4)", r"lacking\(words\[i\], wanted\)", "false"),
+    ("(4) and its poll", r"unsigned lacking\([^{]*\{\s*return ([^;]*)", "0"),
     ("(4)'s laps", r"(?<=LAP = )256", "0"),
     ("(5)", r"\(int\)\(\(seen = [^;]* < 0(?=;\))", "false"),
+    ("(6)", r"lacking\(now = load_relaxed\(words\), wanted\)", "(now = load_relaxed(words), 0)"),
     ("(F)", r"barrier_open\(&s\.full[^)]*\)", "false"),
-    ("(F), in axpy_tile", r"wait_full\(\)(?=;  // \(F\)\n(?:.*\n){2}.* of_row)", "false"),
-    ("(F), in attend", r"wait_full\(\)(?=;  // \(F\)\n.* \*k = )", "false"),
+    ("(F), in axpy_tile", r"::axpy_tile\((?:.*\n)*?\s+(wait_full\(\));  // \(F\)", "false"),
+    ("(F), in attend", r"::attend\((?:.*\n)*?\s+(wait_full\(\));  // \(F\)", "false"),
     ("(E)", r"wait\([^;]*SYNC_EMPTY\)", "false"),
     ("(E), of a warp's lanes", r"__syncwarp\(\)(?=;\s+// \(E\))", "false"),
     ("(a)", r"workers_sync\(\)(?=;\s+// \(a\)\n)", "false"),
@@ -324,19 +325,22 @@ SYNCS = {sync: (re.compile(wait), instead) for sync, wait, instead in (
     ("(c)", r"team_sync\(team\)(?=;\s+// \(c\)\n)", "false"),
     ("(d)", r"workers_sync\(\)(?=;\s+// \(d\)\n)", "false"),
     ("(e)", r"workers_sync\(\)(?=;\s+// \(e\)\n)", "false"),
-    ("(f)", r"workers_sync\(\)(?=;\s+// \(f\)\n)", "false"),
-    ("(g), after (5)", r"workers_sync\(\)(?=;  // \(g\)\n    return all;)", "false"),
+    ("(f), before (5)", r"warp_votes\[warp\] = \{best, .*\n\s+(workers_sync\(\));  // \(f\)", "false"),
+    ("(f), before (6)", r"warp_votes\[warp\] = \{before, .*\n\s+(workers_sync\(\));  // \(f\)", "false"),
+    ("(g), after (5)", r"give_up\(\S+ SYNC_VOTE(?:.*\n)*?\s+(workers_sync\(\));  // \(g\)", "false"),
+    ("(g), after (6)", r"give_up\(\S+ SYNC_TALLY(?:.*\n)*?\s+(workers_sync\(\));  // \(g\)", "false"),
     ("(h)", r"wait\([^;]*SYNC_TOKEN\)", "false"),
-    ("a launch's clear buffer", r"\{0, 0\}(?=;  // as the launch before)",
-     "load_relaxed(x_next + 2 * min(w.carried, C / 2 - 1))"),
+    ("a launch's clear buffer", r"norms = load_norms\(first_layer\);",  # carriers load what is known to be 0
+     "norms = load_norms(first_layer);"
+     "own_next = load_relaxed(buffer(m.state->steps + 1) + 2 * min(carried, C / 2 - 1));"),
     # a control: what only saves time
-    ("(g), after (4)", r"workers_sync\(\)(?=;  // \(g\)\n  \}\n  __device__ void read_residual)", "false"))}
+    ("(g), after (4)", r"give_up\(\S+ SYNC_X(?:.*\n)*?\s+(workers_sync\(\));  // \(g\)", "false"))}
 CONTROL = "(g), after (4)"
 NEEDS = {  # a shape that shows the absence: teams of several warps, in a long ring a whole token
     "(b)": "70m", "(c)": "70m", "(F), in axpy_tile": "70m", "(h)": "ahead"}  # of others, a small one: "14m"
 HANGS = {  # the sync at which a launch waits in vain: what is left out, and instead
     "(4)": ("c = tid; c < OWN", "c = blockIdx.x == 0 ? OWN : tid; c < OWN"),  # block 0 adds nothing to x
-    "(F)": ("if (lm_head)", "if (false)")}                                      # no copies of the LM head
+    "(F)": ("if (with_lm_head)", "if (false)")}                                 # no copies of the LM head
 ON_GPU = ("(1)", "(2)", "(3)", "(4) and its poll")
 
 
@@ -345,7 +349,7 @@ def makers(simulated):
     """Three shapes of decoders, {name: (a function that makes one, what its launch computes)}."""
     def maker(config, short_ring, **tuning):
         k = kernel_constants(build.constants(config, cluster=2, **tuning))
-        two_tiles = k.FIXED_BYTES + 256 + 2 * k.PARTS * (k.STAGE_BYTES + 2 * k.BIAS_HALFS + 16)
+        two_tiles = k.FIXED_BYTES + 256 + 2 * k.HALF_TILES * (k.SLOT_BYTES + 2 * k.TILE_BIASES + 16)
         extra = {"SHARED_BYTES": two_tiles} if short_ring else {}  # so that copies come at the last moment
         return functools.partial(simulated, random_half(config, "cpu"), 3, cluster=2, extra=extra, **tuning)
     layers = cut("pythia-14m", n_layer=3, mlp=64, vocab=64, context=512)
@@ -360,7 +364,7 @@ def launched(fused):
     fused.state.zero_()
     fused.cache.normal_(generator=torch.Generator().manual_seed(0))
     fused.logits.fill_(math.nan)
-    fused.start(7, 100)
+    fused.start(7, 100, Sampler(0.8, top_k=20, top_p=0.8, seed=1))  # so that (6) is needed, too
     fused.launch(0, fused.config.n_layer, tokens=2)
     return torch.cat((fused.logits, residual(fused), fused.state[:4], fused.history))
 
@@ -492,10 +496,11 @@ def main(argv):
     # Side by side, but for tests of a GPU, which measure time and need all of it.
     workers = 0 if torch.cuda.is_available() else min(os.cpu_count(), 4)
     os.environ["OMP_NUM_THREADS"] = str(os.cpu_count() // max(workers, 1))
+    os.chdir(helpers.HERE)
     # the warning: transformers has imported a pytest plugin (anyio's) before pytest could
     no_remark = "-Wignore::pytest.PytestAssertRewriteWarning"
     options = ["-qrs", "-oconsole_output_style=classic", f"-n{workers}", no_remark]
-    return pytest.main([str(helpers.HERE), *options, *argv], plugins=[Table()])
+    return pytest.main([*options, *argv], plugins=[Table()])
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from checkpoint import Refused
 from model import Config, Pythia
 
 SOURCE = build.SOURCE.read_text()
-READ_CEILING = 4.65e12  # bytes a second that the H200 in results/ reads; another reads 4.55e12
 # fits bench.py's record at 128 tokens: bytes a second of a step, us of a layer without bytes, us once a token
 STEP_RATE, LAYER_US, TOKEN_US = 4.5e12, 4.15, 1.1
 
@@ -67,7 +66,8 @@ def kernel_constants(defines):
             raise Refused(f"the kernel has no code for these sizes: {why}")
     column, = re.findall(r"int column\(int i\) const \{ return (.*?); \}", SOURCE)
     row, = re.findall(r"const int row = (.*?);", SOURCE)
-    k["column"] = evaluate(column, k | {"piece": np.arange(k["TEAM"])[:, None], "i": np.arange(k["COLS"])})
+    threads, columns = np.arange(k["TEAM"])[:, None], np.arange(k["COLS"])
+    k["column"] = evaluate(column, k | {"team_thread": threads, "i": columns})
     k["row"] = evaluate(row, k | {"team": np.arange(k["TEAMS"])[:, None], "lane": np.arange(k["LANES"])})
     return SimpleNamespace(**k)
 
@@ -98,11 +98,11 @@ def make_plan(k, block, blocks, position):
     heads, busy = k.NH // clusters, k.NH % clusters * k.K
     head_bytes = (8 * k.HS * k.C + 2 * k.KV_WEIGHT * k.HS * position) // k.K + k.ATTENTION_BYTES
     head_grains = 64 * head_bytes // k.C
-    fair_grains = (256 * k.F + head_grains * k.NH * k.K) // blocks
+    fair_grains = (256 * k.MLP + head_grains * k.NH * k.K) // blocks
     busy_grains = max(0, fair_grains - (heads + 1) * head_grains)
     busy_units = busy_grains * busy // 256
     units = (deal(k, 0, busy_units, block, busy) if block < busy else
-             deal(k, busy_units, k.F - busy_units, block - busy, blocks - busy))
+             deal(k, busy_units, k.MLP - busy_units, block - busy, blocks - busy))
     shares = 2 * (heads + (block < busy)) + 1
     filler = ceil_div(ceil_div(units.count, shares), k.TILE_ROWS) * k.TILE_ROWS
     tokens = ceil_div(position, k.K)
@@ -110,21 +110,21 @@ def make_plan(k, block, blocks, position):
     return Plan(rank, cluster, clusters, units, filler, first_token, last_token)
 
 
-# What a stage of the ring holds: n rows of a matrix from `first` on, with the biases of `biases` rows; or, as
+# What a slot of the ring holds: n rows of a matrix from `first` on, with the biases of `biases` rows; or, as
 # matrix "kv", k and v of n cached tokens of a head.
-Stage = namedtuple("Stage", "matrix layer head first n biases bytes")
+Slot = namedtuple("Slot", "matrix layer head first n biases bytes")
 
 
 def producer(k, block, blocks, position, first_layer, last_layer, lm_head):
-    """Yields a block's Stages for one token in the order in which its producer copies them."""
+    """Yields a block's Slots for one token in the order in which its producer copies them."""
     def rows(matrix, layer, first, last):
         for row in range(first, last, k.TILE_ROWS):
             n = min(k.TILE_ROWS, last - row)
-            for done in range(0, n, k.STAGE_ROWS):
-                part = min(k.STAGE_ROWS, n - done)
+            for done in range(0, n, k.HALF_TILE_ROWS):
+                part = min(k.HALF_TILE_ROWS, n - done)
                 biases = n if matrix in ("w_qkv", "w_up") and done == 0 else 0
                 bias_bytes = ceil_div(row % 8 + n, 8) * 16 if biases else 0
-                yield Stage(matrix, layer, None, row + done, part, biases, part * k.C * 2 + bias_bytes)
+                yield Slot(matrix, layer, None, row + done, part, biases, part * k.C * 2 + bias_bytes)
 
     def share_of(matrix, layer, share, done, end):
         for i in range(done, end, k.TILE_ROWS):
@@ -135,7 +135,7 @@ def producer(k, block, blocks, position, first_layer, last_layer, lm_head):
     def tokens(layer, head, first, last):
         for t in range(first, last, k.KV_TOKENS):
             n = min(k.KV_TOKENS, last - t)
-            yield Stage("kv", layer, head, t, n, 0, 2 * n * k.HS * 2)
+            yield Slot("kv", layer, head, t, n, 0, 2 * n * k.HS * 2)
 
     plan, mlp = make_plan(k, block, blocks, position), ["w_up", "w_down"]
     for layer in range(first_layer, last_layer):
@@ -167,40 +167,40 @@ class Worker:
         self.ring = producer(k, block, grid.blocks, grid.position, *grid.range)
         self.qkv = np.full(3 * k.HS, np.nan)                                # (1) inbox
         self.slice_o = np.full((k.K, k.OUT_ROWS), np.nan)                   # (2) inbox
-        self.slice_ml = np.full((k.K, 2), np.nan)                           # (2) inbox
+        self.slice_top_l = np.full((k.K, 2), np.nan)                        # (2) inbox
         self.sums = np.full((k.K * k.TEAMS, k.OWN), np.nan)                 # (3) inbox
 
     def peer(self, rank):
         return self.grid.workers[self.plan.cluster * self.k.K + rank]
 
     def wait_full(self):
-        """(F) The next stage of the ring, its biases, and how often each of its values has been used."""
+        """(F) The next slot of the ring, its biases, and how often each of its values has been used."""
         at, k, grid = next(self.ring), self.k, self.grid
         rows = slice(at.first, at.first + at.n)
         if at.matrix == "kv":
-            stage = np.full((2, k.KV_TOKENS, k.HS), np.nan)
-            stage[:, :at.n] = grid.cache[at.layer, :, 0, at.head, rows].double()
-            return stage, None, grid.touched["kv"][at.layer, at.head, rows]
-        stage, biases = np.full((k.STAGE_ROWS, k.C), np.nan), np.full(k.BIAS_HALFS, np.nan)
-        stage[:at.n] = grid.weight(at.layer, at.matrix, rows)
+            slot = np.full((2, k.KV_TOKENS, k.HS), np.nan)
+            slot[:, :at.n] = grid.cache[at.layer, :, 0, at.head, rows].double()
+            return slot, None, grid.touched["kv"][at.layer, at.head, rows]
+        slot, biases = np.full((k.HALF_TILE_ROWS, k.C), np.nan), np.full(k.TILE_BIASES, np.nan)
+        slot[:at.n] = grid.weight(at.layer, at.matrix, rows)
         if at.biases:                                                       # copied from a multiple of 8 on
             start, n = at.first - at.first % 8, ceil_div(at.first % 8 + at.biases, 8) * 8
             biases[:n] = grid.weight(at.layer, at.matrix.replace("w", "b", 1), slice(start, start + n))
-        return stage, biases, grid.touched[at.matrix][at.layer][rows]
+        return slot, biases, grid.touched[at.matrix][at.layer][rows]
 
     def tile(self, n):
         """The next tile, n rows, a team at a time: yields biases, team, r [..], rows [.., TEAM, COLS]."""
         k = self.k
-        for part in range(k.PARTS):
-            if part * k.STAGE_ROWS >= n:
+        for half_tile in range(k.HALF_TILES):
+            if half_tile * k.HALF_TILE_ROWS >= n:
                 break
-            stage, biases, touched = self.wait_full()
+            slot, biases, touched = self.wait_full()
             for team in range(k.TEAMS):
-                stage_rows = np.arange(team, min(k.STAGE_ROWS, n - part * k.STAGE_ROWS), k.TEAMS)
-                place = stage_rows[:, None, None], k.column
+                slot_rows = np.arange(team, min(k.HALF_TILE_ROWS, n - half_tile * k.HALF_TILE_ROWS), k.TEAMS)
+                place = slot_rows[:, None, None], k.column
                 touched[place] += 1
-                r = part * k.R // k.PARTS + stage_rows // k.TEAMS
-                yield biases if part == 0 else None, team, r, stage[place]
+                r = half_tile * k.ROWS // k.HALF_TILES + slot_rows // k.TEAMS
+                yield biases if half_tile == 0 else None, team, r, slot[place]
 
     def dot_tile(self, x, n, skip, has_bias):
         """[n]: the next tile's rows . x, plus its biases, of which the first `skip` are not ours."""
@@ -265,7 +265,7 @@ class Worker:
         self.qkv[:] = np.nan                                                # (d)
 
     def attend(self, layer, h):
-        """S5: WARPS * WARP_TOKENS groups of lanes, each with m, l, o of its own tokens, a stage's at once."""
+        """S5: WARPS * WARP_TOKENS groups of lanes, each with top, l, o of its own tokens, a slot's at once."""
         k, plan = self.k, self.plan
         warp, sub = np.indices((k.WARPS, k.WARP_TOKENS))
         m, l, o = np.full(warp.shape, -1e30), np.zeros(warp.shape), np.zeros((*warp.shape, k.HS))
@@ -288,18 +288,18 @@ class Worker:
         self.push_slice(*merge(*map(np.array, zip(*of_warps, strict=True))))  # (e)
 
     def push_slice(self, m, l, o):
-        """ClusterReduce, first half: o [HS] in slices to the ranks that own them, m and l to all."""
+        """ClusterReduce, first half: o [HS] in slices to the ranks that own them, top and l to all."""
         for r in range(self.k.K):
             self.peer(r).slice_o[self.plan.rank] = o[r * self.k.OUT_ROWS:(r + 1) * self.k.OUT_ROWS]
-            self.peer(r).slice_ml[self.plan.rank] = m, l
+            self.peer(r).slice_top_l[self.plan.rank] = m, l
 
     def out_rows(self):
         """S6, S7"""
-        _, l, o = merge(*self.slice_ml.T, self.slice_o)
+        _, l, o = merge(*self.slice_top_l.T, self.slice_o)
         for i in range(0, self.k.OUT_ROWS, self.k.TILE_ROWS):
             n = min(self.k.TILE_ROWS, self.k.OUT_ROWS - i)
             self.axpy_tile(o[i:i + n] / l, n)
-        self.slice_o[:], self.slice_ml[:] = np.nan, np.nan
+        self.slice_o[:], self.slice_top_l[:] = np.nan, np.nan
 
     def units(self, end):
         """S8: from the unit at which the block stopped before up to its `end`-th."""
@@ -377,13 +377,13 @@ class Emulator:
         q = word >> self.k.COUNT_BITS
         return np.where(np.abs(q) < self.k.FIXED_EDGE, q / self.fixed_one, np.nan)
 
-    def lap(self, steps):
+    def first_count(self, steps):
         """What the counts of x after `steps` layers start from."""
         return steps // 2 % 2 * self.k.LAP
 
     def lacking(self, x_now):
         """0 for a word of x that is whole; else how many additions have not come yet."""
-        return (self.blocks // self.k.K + 1 + self.lap(self.steps) - x_now) % (1 << self.k.COUNT_BITS)
+        return (self.blocks // self.k.K + 1 + self.first_count(self.steps) - x_now) % (1 << self.k.COUNT_BITS)
 
     def carry(self, x, layer, x_next):
         """S9: what x_next needs beside the clusters' sums, for all C columns at once.
@@ -392,7 +392,7 @@ class Emulator:
         subtracts that word.
         """
         sums = x + self.weight(layer, "b_out") + self.weight(layer, "b_down")
-        x_next[:] = self.to_word(sums) + self.lap(self.steps + 1)
+        x_next[:] = self.to_word(sums) + self.first_count(self.steps + 1)
 
     def x(self):
         return self.from_word(self.residual[self.steps % 2])
@@ -430,8 +430,8 @@ class Emulator:
                 best = max(best, w.lm_head(w.affine(-1, "lnf_w", "lnf_b")))  # S10
             finite = 1 << 23 <= best >> 32 < 0xFF800000                     # -FLT_MAX to FLT_MAX
             self.token = best & 0xFFFFFFFF ^ 0xFFFFFFFF if finite else -1
-        left = [stage for w in self.workers for stage in w.ring]
-        assert not left, f"{len(left)} stages were copied and not used, the first is {left[0]}"
+        left = [slot for w in self.workers for slot in w.ring]
+        assert not left, f"{len(left)} slots were filled and not used, the first is {left[0]}"
 
     def run_cluster(self, ranks, layer, x_next):
         """One layer in the blocks of one cluster."""
@@ -488,22 +488,23 @@ def explain(name, cluster=None, arch="sm_90a", position=128, sms=132):
     k = kernel_constants(constants(config, arch, cluster, sms=sms))
     if not 0 <= position < k.CTX:
         raise Refused(f"position {position} is not in 0..{k.CTX - 1}: take one that is")
-    clusters = fitting_clusters(k.K, sms)
-    blocks, us = clusters * k.K, 1e6 / READ_CEILING
+    from bench import read_rate  # slow to import, and needed only here
+    clusters, rate = fitting_clusters(k.K, sms), read_rate("h200")
+    blocks, us = clusters * k.K, 1e6 / rate
     work = []  # of each block: heads, hidden units, KB of heads, of K/V, of units, of all
     for block in range(blocks):
         plan, kb = make_plan(k, block, blocks, position), Counter()
-        for stage in producer(k, block, blocks, position, 0, 1, False):
-            kb[stage.matrix] += stage.bytes / 1e3
+        for slot in producer(k, block, blocks, position, 0, 1, False):
+            kb[slot.matrix] += slot.bytes / 1e3
         heads, units = range(plan.cluster, k.NH, clusters), plan.units.count
         of_heads, of_units = kb["w_qkv"] + kb["w_out"], kb["w_up"] + kb["w_down"]
         work.append((len(heads), units, of_heads, kb["kv"], of_units, kb.total()))
     work = np.array(work)
-    (layer, ends), ring = layer_bytes(config, position), k.STAGES * k.STAGE_BYTES
+    (layer, ends), ring = layer_bytes(config, position), k.SLOTS * k.SLOT_BYTES
     token = layer * k.L + ends
     gather, slices = 4 * k.NH * k.K * 3 * k.HS, 4 * k.NH * k.K * (k.HS + 2 * k.K)
     print(f"""\
-model     C {k.C}, NH {k.NH}, HS {k.HS}, F {k.F}, V {k.V}, L {k.L}; {position} tokens in the cache
+model     C {k.C}, NH {k.NH}, HS {k.HS}, MLP {k.MLP}, V {k.V}, L {k.L}; {position} tokens in the cache
 grid      {blocks} blocks on {sms} multiprocessors ({arch}), {k.WORKERS} threads that compute, one that copies
 clusters  {clusters} of K = {k.K} blocks; head h belongs to cluster h mod {clusters}
 rank      of a head: {k.QKV_ROWS} of {3 * k.HS} rows of q, k, v
@@ -511,14 +512,14 @@ rank      of a head: {k.QKV_ROWS} of {3 * k.HS} rows of q, k, v
                      {k.OUT_ROWS} of {k.HS} output rows
           of the cluster's sum: {k.OWN} of {k.C} columns
 team      {k.TEAM} threads ({k.TEAM / 32:g} warps) with {k.COLS} columns of a row each; {k.TEAMS} in a block
-tile      {k.TILE_ROWS} rows, {k.R} for each team, in {k.PARTS} stages
-stage     {k.STAGE_ROWS} rows, {k.STAGE_BYTES} bytes; or k and v of {k.KV_TOKENS} tokens
-ring      {k.STAGES} stages, {ring / 1024:.0f} of {k.SHARED_BYTES / 1024:.0f} KiB shared memory
+tile      {k.TILE_ROWS} rows, {k.ROWS} for each team, in {k.HALF_TILES} slots
+slot      {k.HALF_TILE_ROWS} rows, {k.SLOT_BYTES} bytes; or k and v of {k.KV_TOKENS} tokens
+ring      {k.SLOTS} slots, {ring / 1024:.0f} of {k.SHARED_BYTES / 1024:.0f} KiB shared memory
           together the rings hold {ring * blocks / 1e6:.1f} MB, {ring * blocks * us:.2f} us of reading
 
 floor     a layer {layer / 1e6:.2f} MB, {layer * us:.2f} us; K/V {4 * k.C * position / 1e6:.2f} MB of it
           a token {token / 1e6:.1f} MB, {token * us:.1f} us; LM head {2 * k.V * k.C / 1e6:.1f} MB of it
-          at the {READ_CEILING / 1e12} TB/s that the H200 in results/ reads
+          at the {rate / 1e12:.3f} TB/s that the fastest reader gets from the H200 in results/
 expected  {expected_us(config, position):.0f} us a token on an H200, by a fit: see expected_us in emulator.py
 
 a layer:
@@ -535,7 +536,7 @@ count as {k.ATTENTION_BYTES // 1024} KiB more, and K/V as {k.KV_WEIGHT / 2:g} ti
 
 exchanged in a layer, KB:
 (1) q, k, v     {gather / 1e3:9.1f}   between shared memories, 1/{k.K} of it within a block
-(2) m, l, o     {slices / 1e3:9.1f}   likewise
+(2) top, l, o   {slices / 1e3:9.1f}   likewise
 (3) y           {4 * blocks * k.TEAMS * k.C / 1e3:9.1f}   likewise
 sums of y       {8 * clusters * k.C / 1e3:9.1f}   added to x in L2 by {clusters} clusters
 (4) x           {8 * blocks * k.C / 1e3:9.1f}   read from L2 by {blocks} blocks""")

@@ -1,7 +1,7 @@
 // fused_block.cu on a CPU, where there is no GPU: python test_block.py -k simulated. The kernel's own source
 // is compiled as C++, with a fiber, a thread that only this program switches, for each of its threads. KERNEL
-// is what source_for_cpu in tests/helpers.py leaves of it: not the host side, and not the functions of
-// chapter 5 that are PTX; those are here, as what they do.
+// is what source_for_cpu in tests/helpers.py leaves of it: not the host side, and not the functions of its
+// toolbox that are PTX; those are here, as what they do.
 //
 // The kernel may depend on no order but that of its syncs, so all else comes in a random one: warps take
 // turns in any order, and some dawdle; in some launches a cluster begins late; copies, pushes and additions
@@ -24,7 +24,7 @@
 #include <utility>
 #include <vector>
 
-// ---- CUDA's words ----------------------------------------------------------------------------------------
+// ---- What CUDA C++ has beside C++ -------------------------------------------------------------------------
 
 #define __device__
 #define __host__
@@ -35,7 +35,8 @@
 typedef _Float16 half;
 struct half2 { half x, y; };
 struct float2 { float x, y; };
-struct longlong2 { long long x, y; };
+struct alignas(16) longlong2 { long long x, y; };
+struct alignas(16) ulonglong2 { unsigned long long x, y; };
 struct uint4 { uint32_t x, y, z, w; };
 struct Index { int x; };
 
@@ -53,9 +54,8 @@ uint32_t __float_as_uint(float f) { return bits<uint32_t>(f); }
 float __int_as_float(int i) { return bits<float>(i); }
 long long __float2ll_rn(float f) { return llrintf(f); }
 float __ll2float_rn(long long i) { return (float)i; }
-float __ull2float_rn(unsigned long long i) { return (float)i; }
+float __uint2float_rn(uint32_t i) { return (float)i; }
 unsigned long long __float2ull_rz(float f) { return (unsigned long long)f; }
-unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned __int128)a * b >> 64; }
 float rsqrtf(float f) { return 1 / sqrtf(f); }
 using std::max;
 using std::min;
@@ -128,8 +128,15 @@ template <class T> T __shfl_sync(unsigned, T v, int lane, int width) {
   return exchange(v, threadIdx.x % 32 / width * width + lane);
 }
 
+uint32_t __reduce_max_sync(unsigned, uint32_t v) {
+  for (int bit = 16; bit; bit /= 2) v = max(v, __shfl_xor_sync(~0u, v, bit));
+  return v;
+}
+uint32_t __reduce_add_sync(unsigned, uint32_t v) {
+  for (int bit = 16; bit; bit /= 2) v += __shfl_xor_sync(~0u, v, bit);
+  return v;
+}
 template <class T> void atomicMax(T* p, T v) { *p = max(*p, v); }
-template <class T> void atomicAdd(T* p, T v) { *p += v; }
 int atomicCAS_system(int* p, int old, int v) { return *p == old ? std::exchange(*p, v) : *p; }
 void __threadfence_system() {}
 void __nanosleep(int) { yield(); }
@@ -163,7 +170,7 @@ void count(void* barrier, int bytes, int arrivals) {
 void barrier_init(uint64_t* b, int n) { *(Mbarrier*)b = {0, 0, (uint16_t)n, (uint16_t)n}; }
 void barrier_arrive(uint64_t* b) { count(b, 0, 1); }
 void barrier_expect(uint64_t* b, uint32_t bytes) { count(b, bytes, 1); }
-bool barrier_open(uint64_t* b, uint32_t parity, bool = false) {
+bool barrier_open(uint64_t* b, uint32_t parity, bool) {
   if (((Mbarrier*)b)->phase == parity) yield();
   return ((Mbarrier*)b)->phase == parity;
 }

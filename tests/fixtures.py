@@ -31,14 +31,17 @@ def nvcc():
 def patched(tmp_path_factory):
     """A function patched(old, new): the path of the kernel's source with `old` replaced by `new`.
 
-    `old`, a text or a compiled pattern, has to stand in one place alone, so that no patch can rot.
+    `old`, a text or a compiled pattern, has to stand in one place alone, so that no patch can rot. Of a
+    pattern with a group only the group is replaced: the rest says where it stands.
     """
     folder, kernel = tmp_path_factory.mktemp("patched"), build.SOURCE.read_text()
 
     def patch(old, new):
         pattern = re.compile(re.escape(old)) if isinstance(old, str) else old
-        text, places = pattern.subn(lambda _: new, kernel)
-        assert places == 1, f"{pattern.pattern!r} stands in {places} places of the kernel, not in one"
+        places = [match.span(pattern.groups) for match in pattern.finditer(kernel)]
+        assert len(places) == 1, f"{pattern.pattern!r} stands in {len(places)} places of the kernel"
+        (start, end), = places
+        text = kernel[:start] + new + kernel[end:]
         path = folder / f"{abs(hash(text))}.cu"
         path.write_text(text)
         return path

@@ -395,7 +395,7 @@ def report_edges(what, model, fused):
 
 def source_for_cpu(text):
     """What simulator.cpp includes: the kernel without its host side, and without functions that are PTX."""
-    text = re.sub(r"^#include <cuda.*\n", "", text[:text.index("// 9. Host side")], flags=re.MULTILINE)
+    text = re.sub(r"^#include <cuda.*\n", "", text[:text.index(". Host side ===")], flags=re.MULTILINE)
     rest = r"(?:(?!^\}|\}$).)*"  # of a function
     text = re.sub(rf"^__device__ {rest}\basm\b{rest}\}}$\n", "", text, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"extern __shared__ [^;]*;", "uint8_t* raw = SHARED_MEMORY;", text)

@@ -22,7 +22,7 @@ EMULATED_POSITIONS = (0, 1, 17, 1000, 2047)
 
 def uncovered(k, blocks, position, lm_head):
     """How many rows of a layer and of the LM head, and cached tokens, the blocks do not copy exactly once."""
-    rows = {"w_qkv": 3 * k.C, "w_out": k.C, "w_up": k.F, "w_down": k.F, "embed_out": k.V}
+    rows = {"w_qkv": 3 * k.C, "w_out": k.C, "w_up": k.MLP, "w_down": k.MLP, "embed_out": k.V}
     copied = {name: np.zeros((1, n), int) for name, n in rows.items()} | {"kv": np.zeros((k.NH, k.CTX), int)}
     for block in range(blocks):
         for stage in emulator.producer(k, block, blocks, position, 0, 1, lm_head):
@@ -43,7 +43,7 @@ def test_coverage(name):
         tokens = [t for base in range(k.WARPS * k.WARP_TOKENS) for t in range(base, k.KV_TOKENS, k.STRIDE)]
         # columns are a thread's, rows a team's, tokens of some lanes
         misowned += sum(sorted(owned) != list(range(n)) for owned, n in (
-            (k.column.ravel(), k.C), (k.row[:, :k.R].ravel(), k.TILE_ROWS), (tokens, k.KV_TOKENS)))
+            (k.column.ravel(), k.C), (k.row[:, :k.ROWS].ravel(), k.TILE_ROWS), (tokens, k.KV_TOKENS)))
     report(name, "rows and cached tokens not copied exactly once", miscopied)
     report(name, "parts of a tile without exactly one owner", misowned)
 

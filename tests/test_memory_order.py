@@ -1,7 +1,7 @@
-"""What nvcc makes of the kernel's syncs: the instructions, scopes and fences that its table of syncs promises.
+"""What nvcc makes of the kernel's syncs: instructions, scopes and fences, as the kernel promises them.
 
-A missing fence or a weaker scope may never show on a GPU, and cannot on a CPU. So this reads the PTX: for each
-instruction of memory order, at which sync it stands, by the line of the source that it comes from.
+A missing fence or a weaker scope may never show on a GPU, and cannot on a CPU. So this reads the PTX: each
+instruction of memory order, and at which sync it stands, by the line of the source that it comes from.
 """
 import re
 import subprocess
@@ -16,7 +16,8 @@ pytest_plugins = ["tests.fixtures"]
 OPEN = "mbarrier.try_wait.parity.acquire.{}.shared::cta.b64"
 PUSH = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes"
 ARRIVE, EXPECT = "mbarrier.arrive.shared::cta.b64", "mbarrier.arrive.expect_tx.shared::cta.b64"
-PROMISED = {  # at a sync, "" for lines that name none: instructions; none of the same kind has another order or scope
+# At a sync, or "" on lines that name none: instructions. None of their kind has another order or scope there.
+PROMISED = {
     "(0)": ["barrier.cluster.arrive.release", "barrier.cluster.wait.acquire"],
     "(1)": [EXPECT, f"{PUSH}.b32", OPEN.format("cluster")],     # from peers
     "(2)": [EXPECT, f"{PUSH}.b32", OPEN.format("cluster")],
@@ -30,7 +31,7 @@ PROMISED = {  # at a sync, "" for lines that name none: instructions; none of th
     "": ["red.relaxed.gpu.global.add.u64", OPEN.format("cta"),  # additions to x; (E), in the producer
          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"]}
 FENCES = {  # of fences: what comes before, and what after, as nothing else of memory order does
-    "fence.mbarrier_init.release.cluster": (r"mbarrier\.init\S*", r"(\S* ld\S*\n)*\(0\) barrier\.cluster\.arrive"),
+    "fence.mbarrier_init.release.cluster": (r"mbarrier\.init\S*", r"(\S* ld\S*\n)*\(0\) barrier\.cluster"),
     "fence.proxy.async": (r"\(h\) mbarrier\.try_wait\S*", r"(\S* mbarrier\S*\n)*\S* ?cp\.async\.bulk")}
 EDITS = {  # of the asm in the kernel's toolbox, each of which must turn this red: (text, what stands instead)
     "no fence.proxy.async": ("fence.proxy.async;", ""),
@@ -48,15 +49,17 @@ def ptx(nvcc, tmp_path_factory):
     """The kernel's PTX, with the lines of the source."""
     path = tmp_path_factory.mktemp("ptx") / "kernel.ptx"
     flags = build.flags(build.constants(SMALL, cluster=2), "sm_90a")
-    subprocess.run([nvcc, *flags, "-ptx", "-lineinfo", "-o", path, build.SOURCE], check=True, capture_output=True)
+    command = [nvcc, *flags, "-ptx", "-lineinfo", "-o", path, build.SOURCE]
+    subprocess.run(command, check=True, capture_output=True)
     return path.read_text()
 
 
 def memory_order(ptx):
     """[(sync, instruction)] of PTX, in its order. The sync is named in the comment of the innermost line, of
     those that were inlined one into another, whose comment names one."""
-    names = [re.findall(r"\([0-9a-hEF]\)", line.partition("//")[2]) for line in build.SOURCE.read_text().split("\n")]
-    order = r"((?:fence|barrier|bar\.|mbarrier|st\.async|cp\.async|red|ld\.(?:relaxed|acquire|global\.v2\.s64))[\w.:]*)"
+    lines = build.SOURCE.read_text().split("\n")
+    names = [re.findall(r"\([0-9a-hEF]\)", line.partition("//")[2]) for line in lines]
+    order = r"((?:fence|m?barrier|(?:st|cp)\.async|red|ld\.(?:relaxed|acquire|global\.v2\.s64))[\w.:]*)"
     found, line, called_from = [], None, {}
     for text in ptx.split("\n"):
         if at := re.match(r"\s*\.loc\s+1 (\d+ \d+)(?:, function_name \S+ inlined_at 1 (\d+ \d+))?", text):

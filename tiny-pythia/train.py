@@ -4,8 +4,9 @@
 
 Cleans the texts, holds out about a twentieth of each, trains a byte-level BPE tokenizer and then
 transformers' own GPTNeoXForCausalLM on the rest, keeps the weights with the lowest held-out loss, and writes
-a Hugging Face folder: model.safetensors (fp16), config.json, tokenizer.json and the model card README.md,
-whose numbers all come from the run. Minutes on a data-centre GPU; a CPU runs it too, for a few --steps.
+a Hugging Face folder: model.safetensors (fp16), config.json, tokenizer.json, heldout.txt (an excerpt of the
+held-out text) and the model card README.md, whose numbers all come from the run. Minutes on a data-centre
+GPU; a CPU runs it too, for a few --steps.
 """
 
 import argparse
@@ -32,6 +33,7 @@ END = "<|endoftext|>"  # id 0: stands before every piece of text
 V, T_MAX = 2048, 2048  # vocabulary, context length
 WINDOWS = (2048, 512)  # steps alternate: long windows teach the far positions, short ones the start of a text
 PIECES, HELD = 80, (10, 30, 50, 70)  # each text is cut into 80 pieces, of which these four are held out
+EXCERPT = 7000  # characters of each text that go into heldout.txt, and on to the end of the paragraph
 LR, BETAS, EMA, SEED = 1.5e-3, (0.9, 0.98), 0.99, 1337
 EVAL_EVERY, PATIENCE = 100, 6  # steps; evaluations in a row without a new best after which training stops
 FINISH_S = 45  # kept back from --minutes for the last evaluation, the samples and the files
@@ -71,6 +73,12 @@ def split(paragraphs):
         held.append("\n\n".join(paragraphs[cut[i]:cut[i + 1]]))
         start = cut[i + 1]
     return kept + ["\n\n".join(paragraphs[start:])], held
+
+
+def excerpt(held):
+    """Strings held out of a text -> the first one's first paragraphs, EXCERPT characters or a few more."""
+    end = held[0].find("\n\n", EXCERPT)
+    return held[0] if end < 0 else held[0][:end]
 
 
 def make_tokenizer(pieces):
@@ -168,7 +176,7 @@ library_name: transformers
 # tiny-pythia
 
 A language model of Pythia's architecture (GPT-NeoX, parallel residual), small enough to be part of a
-repository. It writes the English of a few old books and knows nothing else: it is there to be run and tested.
+repository. It writes the English of a few old books and knows nothing else. Its purpose is to be run and tested.
 
 | | |
 |---|---|
@@ -187,11 +195,11 @@ repository. It writes the English of a few old books and knows nothing else: it 
 |---|---|---|---|---|---|---|---|
 {rows}
 
-Held out: of each text, cut into {pieces} pieces of equally many paragraphs, pieces {held}. Neither
-tokenizer nor weights are trained on them, but they choose the step that is kept. Before that, quotes and
-dashes become ASCII, wrapped lines of prose are joined, verse keeps its lines, italics marks and bracketed
-notes are dropped; held-out bytes are counted after this. A token's loss is taken with at most {context}
-tokens before it.
+Each text is cut into {pieces} pieces of equally many paragraphs, and pieces {held} are held out. Neither the
+tokenizer nor the weights are trained on them, but their loss decides which step is kept. Before a text is cut,
+its quotes and dashes become ASCII, the lines of a paragraph of prose are joined, verse keeps its lines, and marks
+of italics and bracketed notes are dropped. Held-out bytes are counted after this. The loss of a token is taken
+with at most {context} tokens before it. `heldout.txt` has the beginning of each text's first held-out piece.
 
 ## Training
 
@@ -278,6 +286,8 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    excerpts = "\n\n".join(excerpt(held[path]) for path in args.texts)
+    (args.out / "heldout.txt").write_text(excerpts + "\n", encoding="utf-8")
 
     # From here on only what the files say counts.
     tokenizer = AutoTokenizer.from_pretrained(args.out)
