@@ -290,7 +290,8 @@ extern "C" __attribute__((visibility("default"))) int simulate(const void* const
   std::iota(order.begin(), order.end(), 0);
   size_t ended = 0;
   const int tardy = chance(8) ? rng() % n_clusters : n_clusters;  // a cluster that begins when others are far
-  for (int turn = 0; ended < order.size() && !trapped && idle++ < 5000; turn++) {
+  // The longest launch of the tests takes 40,000 turns. A broken one may go on for ever, choosing a token.
+  for (int turn = 0; ended < order.size() && !trapped && idle++ < 5000 && turn < 200'000; turn++) {
     if (tardy < n_clusters && turn < 3000) idle = 0;
     if (turn % 16 == 0) std::shuffle(order.begin(), order.end(), rng);
     for (int w : order) {
