@@ -330,8 +330,7 @@ SYNCS = {sync: (re.compile(wait), instead) for sync, wait, instead in (
     ("(g), after (5)", r"give_up\(\S+ SYNC_VOTE(?:.*\n)*?\s+(workers_sync\(\));  // \(g\)", "false"),
     ("(g), after (6)", r"give_up\(\S+ SYNC_TALLY(?:.*\n)*?\s+(workers_sync\(\));  // \(g\)", "false"),
     ("(h)", r"wait\([^;]*SYNC_TOKEN\)", "false"),
-    ("a launch's clear buffer", r"norms = load_norms\(first_layer\);",  # carriers load what is known to be 0
-     "norms = load_norms(first_layer);"
+    ("a launch's clear buffer", r"Worker::begin\(int first_layer\) \{(\n)",  # they load what is 0
      "own_next = load_relaxed(buffer(m.state->steps + 1) + 2 * min(carried, C / 2 - 1));"),
     # a control: what only saves time
     ("(g), after (4)", r"give_up\(\S+ SYNC_X(?:.*\n)*?\s+(workers_sync\(\));  // \(g\)", "false"))}

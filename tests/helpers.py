@@ -180,25 +180,32 @@ def chi_square(counts, p):
     if rare.any():
         counts = np.append(counts[~rare], counts[rare].sum())
         expected = np.append(expected[~rare], expected[rare].sum())
-    df = len(counts) - 1
+    df = max(len(counts) - 1, 1)
     quantile = df * (1 - 2 / (9 * df) + 3.09 * (2 / (9 * df)) ** 0.5) ** 3
     return ((counts - expected) ** 2 / expected).sum(), quantile
 
 
-def report_frequencies(what, model, cases, skip=0, **kw):
-    """With a last LayerNorm of gain 0 the logits are the same everywhere, so one long text is many draws. The
-    first `skip` tokens of a text do not count."""
+DRAWS = [(1, None, None), (0.6, None, None), (1, 10, None), (1, None, 0.7), (0.8, 20, 0.8),  # T, top-k, top-p
+         (2, 1, None), (2, None, 1e-9), (1, 40, 1.0)]                                        # one token; all
+
+
+def flat_logits(model):
+    """Makes the logits the same after every text, so that one long text is many draws; returns them."""
     model.lnf_w.zero_()
     model.lnf_b *= 10
-    logits = (model.embed_out.double() @ model.lnf_b.double()).cpu().numpy()
-    for temperature, top_k, top_p in cases:
-        texts = [list(model.generate([0], 2048, temperature, top_k, top_p, seed, **kw)) for seed in (1, 2)]
-        counts = np.bincount([token for text in texts for token in text[skip:]], minlength=len(logits))
-        label = f"T {temperature}, top-k {top_k}, top-p {top_p}: "
-        found, limit = chi_square(counts, probabilities(logits, temperature, top_k, top_p))
-        report(what, label + "chi-square", found, limit)
-        found, limit = chi_square(counts, probabilities(logits, temperature * 1.5, top_k, top_p))
-        report(what, label + "is not T * 1.5", limit, found)
+    return (model.embed_out.double() @ model.lnf_b.double()).cpu().numpy()
+
+
+def report_frequencies(what, logits, settings, drawn):
+    """`drawn` tokens against the distribution that `settings` promise, and against one that must not fit."""
+    temperature, top_k, top_p = settings
+    counts, p = np.bincount(drawn, minlength=len(logits)), probabilities(logits, *settings)
+    label = f"T {temperature}, top-k {top_k}, top-p {top_p}: "
+    found, limit = chi_square(counts, p)
+    report(what, label + f"chi-square of {len(drawn)}", found, limit)
+    cut = (temperature * 2, top_k, top_p) if p.max() < 1 else (temperature, None, None)
+    found, limit = chi_square(counts, probabilities(logits, *cut))
+    report(what, label + ("is not T * 2" if p.max() < 1 else "is not all tokens"), limit, found)
 
 
 def report_seeds(what, text):

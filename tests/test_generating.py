@@ -99,11 +99,13 @@ def test_temperatures():
         report("sampling", f"T {temperature}: kinds of tokens of 100 unlike {most}", abs(len(drawn) - most))
 
 
-@pytest.mark.parametrize("settings", [(1, None, None), (0.6, None, None), (1, 10, None), (1, None, 0.7),
-                                      (0.8, 20, 0.8)])
+@pytest.mark.parametrize("settings", helpers.DRAWS)
 def test_frequencies(settings):
     config = Config(n_layer=1, n_head=1, hidden=16, mlp=16, vocab=40, rotary_dims=4, eos=())
-    helpers.report_frequencies("sampling", Pythia.random(config, seed=3), [settings])
+    model = Pythia.random(config, seed=3)
+    logits = helpers.flat_logits(model)
+    drawn = [token for seed in (1, 2) for token in model.generate([0], 2048, *settings, seed)]
+    helpers.report_frequencies("sampling", logits, settings, drawn)
 
 
 def test_ends():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 import build
 import generate
 from build import Fused
-from model import Config, Pythia
+from model import Config, Pythia, Sampler
 from tests import helpers
 from tests.helpers import DEVICE, SHORT, cut, gpu, random_half, report, report_refused
 
@@ -118,10 +119,24 @@ def test_fused_sampling():
     same = helpers.report_seeds("fused sampling", text)
     report("fused sampling", "same seed without a graph, another text",
            same != text(1, top_p=0.9, seed=5, fused=launched))
-    # a text's first token is drawn from the prompt's logits, which are the reference's
+    sampler = Sampler(0.8, 50, 0.95, seed=3)
+    drawn, wrong = text(0.8, top_k=50, top_p=0.95, seed=3), 0
+    tiny(torch.tensor([[5, 6, 7, 8]], device=DEVICE), replayed.cache, 0)
+    for pos, (token, following) in enumerate(pairwise(drawn), 4):
+        logits = replayed(torch.tensor([[token]], device=DEVICE), replayed.cache, pos).flatten()
+        wrong += int(sampler(logits, pos + 1)) != following
+    report("fused sampling", "tokens of 59 that Sampler does not draw from the kernel's logits", wrong)
+
+
+@gpu
+@pytest.mark.parametrize("settings", helpers.DRAWS)
+def test_fused_frequencies(settings):
     model = random_half(helpers.CHI_SQUARE)
-    cases = [(1, None, None), (0.8, 20, 0.8)]
-    helpers.report_frequencies("fused sampling", model, cases, skip=1, fused=Fused(model))
+    logits, fused = helpers.flat_logits(model), Fused(model)
+    # a text's first token is drawn from the prompt's logits, which are the reference's
+    texts = [list(model.generate([0], 2048, *settings, seed, fused)) for seed in (1, 2)]
+    drawn = [token for text in texts for token in text[1:]]
+    helpers.report_frequencies("fused sampling", logits, settings, drawn)
 
 
 @gpu

@@ -24,6 +24,7 @@ PROMISED = {
     "(3)": [EXPECT, f"{PUSH}.v4.b32", OPEN.format("cluster")],
     "(4)": ["ld.relaxed.gpu.global.v2.s64"],                    # words of x: each is whole by itself
     "(5)": ["red.release.gpu.global.add.u32", "ld.acquire.gpu.global.u32"],
+    "(6)": ["ld.relaxed.gpu.global.v2.s64"],
     "(F)": [EXPECT, OPEN.format("cta")],
     "(E)": [ARRIVE],
     "(h)": [ARRIVE, OPEN.format("cta")],
