@@ -1266,12 +1266,12 @@ __device__ void Worker::read_embedding(int token, Columns& x) const {
 }
 
 // 9. The LM head, and the next token ======================================================================
-// The problem. The LM head is one more matrix, V rows of C, and every block multiplies its share of them. From
-// the logits, all blocks then have to choose the same token before the next one can begin. At temperature 0
-// it is the token with the largest logit, a maximum over the grid. Otherwise it is drawn at random from
-// softmax(logits / temperature), often only from the top_k likeliest tokens, or from the few that hold the
-// probability top_p together. Written down like this, a draw needs a sum over all logits, the logits in order
-// of size, and sums over this order. No block has more than 382 of the 50304.
+// The problem. The LM head is one more matrix, V rows of C, and every block multiplies its share of them.
+// From the logits, all blocks then have to choose the same token before the next one can begin. At
+// temperature 0 it is the token with the largest logit, a maximum over the grid. Otherwise it is drawn at
+// random from softmax(logits / temperature), often only from the top_k likeliest tokens, or from the few
+// that hold the probability top_p together. Written down like this, a draw needs a sum over all logits,
+// the logits in order of size, and sums over this order. No block has more than 382 of the 50304.
 //
 // The answer: drawing is an argmax. Think of an alarm clock for each token, which rings after a random time
 // with the mean exp(-logit / temperature). The clock that rings first is clock i with just the probability
@@ -1293,8 +1293,8 @@ __device__ void Worker::read_embedding(int token, Columns& x) const {
 //     (6)  tally    count the tokens ranked before the candidate, and add up their probability
 //          if the candidate is kept, it is the token. If not, vote again, only on tokens ranked before it
 // Every round ends nearer to the first rank, which is always kept, so the rounds end. All kept tokens take
-// part in every vote. So the result is the argmax of the keys over the kept tokens, which is the draw that was
-// asked for, and a refused candidate needs no new noise. With top_p = 0.95, a candidate is kept with a
+// part in every vote. So the result is the argmax of the keys over the kept tokens, which is the draw that
+// was asked for, and a refused candidate needs no new noise. With top_p = 0.95, a candidate is kept with a
 // probability of 0.95 or more, and nearly always one round is enough.
 //
 // With top-k and top-p together, top_p means: of the probability of the top_k likeliest tokens. Tallies of
@@ -1303,7 +1303,7 @@ __device__ void Worker::read_embedding(int token, Columns& x) const {
 __device__ void arrive_release(unsigned* counter);               // adds 1 to a counter in global memory
 __device__ unsigned load_acquire(const unsigned* counter);
 __device__ float load_relaxed(const float* p);
-__device__ float uniform(unsigned long long seed, uint32_t position, uint32_t token);  // chapter 14: Philox
+__device__ float log_exponential(unsigned long long seed, uint32_t position, uint32_t token);  // log(E)
 
 // The rank of a token, 64 bits: a token with a larger logit has a larger one; of equal logits, the smaller
 // token. So a maximum of ranks is an argmax. The upper half is made of the logit's bits. They order like an
@@ -1320,8 +1320,8 @@ __device__ float logit_of(unsigned long long rank) {
   return __int_as_float(order >> 31 ? order & ~(1u << 31) : ~order);
 }
 
-// The largest v of a warp's lanes, and their sum if all v are below 2^44. CUDA has one instruction for either,
-// but for 32 bits.
+// The largest v of a warp's lanes, and their sum if all v are below 2^44. CUDA has one instruction for
+// either, but for 32 bits.
 __device__ unsigned long long warp_max(unsigned long long v) {
   const uint32_t high = __reduce_max_sync(~0u, (uint32_t)(v >> 32));
   return (unsigned long long)high << 32 | __reduce_max_sync(~0u, v >> 32 == high ? (uint32_t)v : 0);
@@ -1359,8 +1359,7 @@ __device__ void Worker::lm_head(const Columns& in, int position) {
 #pragma unroll
       for (int k = 0; k < KEPT; k++)
         if (kept_token(k) < V)
-          noise[k] = -s.settings.temperature *
-                     logf(-log1pf(-uniform(s.settings.seed, position, kept_token(k))));
+          noise[k] = -s.settings.temperature * log_exponential(s.settings.seed, position, kept_token(k));
   }
 #pragma unroll
   for (int k = 0; k < KEPT; k++)
@@ -1412,7 +1411,8 @@ __device__ void Worker::vote(unsigned long long candidate) {
     // Tell the block.
     const longlong2 found = load_relaxed((const long long*)&maxima);
     s.agreed = {(unsigned long long)found.x, (unsigned long long)found.y};
-    if (s.settings.top_k < V || s.settings.top_p < 1) s.candidate = load_relaxed(m.logits + token_of(found.y));
+    const bool cut = s.settings.top_k < V || s.settings.top_p < 1;
+    if (cut) s.candidate = load_relaxed(m.logits + token_of(found.y));
   }
   workers_sync();  // (g)
 }
@@ -1466,36 +1466,36 @@ __device__ ulonglong2 Worker::tally(float largest, unsigned long long candidate,
 // The token: the argmax of the keys over all tokens that top-k and top-p keep. It is -1 if the largest logit
 // is not finite.
 __device__ int Worker::choose() {
-  vote(0);
-  const unsigned long long first = s.agreed.x;  // the first rank
-  const float largest = logit_of(first);
-  if (!(fabsf(largest) <= 3.4028235e38f)) return -1;
   const unsigned top_k = s.settings.top_k;
   const double top_p = s.settings.top_p;
   const bool cut_k = top_k < V, cut_p = top_p < 1;
-  if (s.settings.temperature == 0 || !(cut_k || cut_p)) return token_of(s.agreed.y);
-
-  // With both, bisect for a rank that top_k tokens are ranked before: their probability is what top_p is of.
-  int token = token_of(s.agreed.y);
-  unsigned long long candidate = rank_of(s.candidate, token), mass = 0;
-  if (cut_k && cut_p) {
-    unsigned long long low = 0, high = first;  // more than top_k tokens are ranked before `low`, 0 before `high`
-    ulonglong2 found;
-    do {
-      const unsigned long long middle = low + (high - low) / 2;
-      found = tally(largest, middle, true);
-      (found.y > top_k ? low : high) = middle;
-    } while (found.y != top_k);
-    mass = found.x;
-  }
-
-  // Test candidates until one is kept.
+  bool bisect = cut_k && cut_p;
+  unsigned long long candidate = 0, low = 0, high = 0, mass = 0;
+  float largest = 0;
   while (true) {
-    const ulonglong2 found = tally(largest, candidate, cut_k);
-    if ((!cut_k || found.y < top_k) && (!cut_p || found.x < top_p * (cut_k ? mass : found.y))) return token;
+    // Find a candidate, at first among all tokens.
     vote(candidate);
-    token = token_of(s.agreed.y);
+    const int token = token_of(s.agreed.y);
+    if (candidate == 0) {
+      high = s.agreed.x, largest = logit_of(high);
+      if (!(fabsf(largest) <= 3.4028235e38f)) return -1;
+      if (s.settings.temperature == 0 || !(cut_k || cut_p)) return token;
+    }
     candidate = rank_of(s.candidate, token);
+
+    // With both, bisect first for a rank that top_k tokens are ranked before. Their probability is what top_p is
+    // of. More than top_k tokens are ranked before low, none before high.
+    ulonglong2 found;
+    while (true) {
+      const unsigned long long middle = low + (high - low) / 2;
+      found = tally(largest, bisect ? middle : candidate, cut_k);
+      if (!bisect) break;
+      if (found.y == top_k) mass = found.x, bisect = false;
+      else (found.y > top_k ? low : high) = middle;
+    }
+
+    // Test the candidate.
+    if ((!cut_k || found.y < top_k) && (!cut_p || found.x < top_p * (cut_k ? mass : found.y))) return token;
   }
 }
 
@@ -1549,7 +1549,7 @@ __device__ Share deal(int first, int n, int index, int blocks) {
   return {end - begin, dealt, first + index * TILE_ROWS, blocks, first + begin + dealt * (blocks - index)};
 }
 
-__device__ Plan make_plan(int block, int blocks, int position) {
+__device__ __noinline__ Plan make_plan(int block, int blocks, int position) {
   Plan p;
   p.rank = block % K; p.cluster = block / K; p.clusters = blocks / K;
   const int heads = NH / p.clusters, busy = NH % p.clusters * K;  // the first `busy` blocks have one more
@@ -1600,9 +1600,9 @@ __device__ void Producer::run(int first_layer, int last_layer, int first, int en
   wait(m, s, &s.workers_done, 0, SYNC_FULL);  // stays until all workers are done, see chapter 16
 }
 
-// A carrier needs its two words before the first layer. Those of x_next are 0 when a launch begins. They must
-// not be loaded: by then, another block may have added to them. Those of x_now are loaded before (0). They are
-// added to in layer 1, by blocks that have passed a (4), for which every block had passed (0).
+// A carrier needs its two words before the first layer. Those of x_next are 0 when a launch begins. They
+// must not be loaded: by then, another block may have added to them. Those of x_now are loaded before (0).
+// They are added to in layer 1, by blocks that have passed a (4), for which every block had passed (0).
 __device__ void Worker::load_carried(const long long* x_now) {
   if (tid < WORKERS && 2 * carried < C) own_now = load_relaxed(x_now + 2 * carried);
   own_next = {0, 0};  // as the launch before has left it
@@ -1840,13 +1840,13 @@ static_assert(SLOTS >= 2 * HALF_TILES, "two tiles: one being read, one on its wa
 // most 254 of them. The count that would make it complete is 256 away from the old total. So it never looks
 // complete, which is the other reason for 254. After the carrier, the count is the true one.
 
-// Noise. Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) scrambles a count of 128 bits, keyed by 64, into four
-// words of 32 bits: ten times two products of 32 bits each, whose upper halves are mixed with the rest. Four tokens
-// share a count. The result is above 0 and up to 1. -log1p(-u) then is E. Written as -log(1 - u), it would lose
-// the digits of a small u, and the tokens with a small E are those that win.
-__device__ float uniform(unsigned long long seed, uint32_t position, uint32_t token) {
+// Noise. Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) scrambles a count of 128 bits, keyed by 64, into
+// four words of 32 bits: ten times two products of 32 bits each, whose upper halves are mixed with the
+// rest. Four tokens share a count. The result is above 0 and up to 1. -log1p(-u) then is E. Written as
+// -log(1 - u), it would lose the digits of a small u, and the tokens with a small E are those that win.
+__device__ __noinline__ float log_exponential(unsigned long long seed, uint32_t position, uint32_t token) {
   uint32_t count[4] = {token / 4, position, 0, 0}, key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < 10; i++) {
     const unsigned long long a = 0xD2511F53ull * count[0], b = 0xCD9E8D57ull * count[2];
     count[0] = (uint32_t)(b >> 32) ^ count[1] ^ key[0], count[1] = (uint32_t)b;
@@ -1854,7 +1854,7 @@ __device__ float uniform(unsigned long long seed, uint32_t position, uint32_t to
     key[0] += 0x9E3779B9, key[1] += 0xBB67AE85;
   }
   const uint32_t word = token & 2 ? (token & 1 ? count[3] : count[2]) : (token & 1 ? count[1] : count[0]);
-  return fmaf(__uint2float_rn(word), 0x1p-32f, 0x1p-33f);
+  return logf(-log1pf(-fmaf(__uint2float_rn(word), 0x1p-32f, 0x1p-33f)));
 }
 
 // 15. Pace ================================================================================================
@@ -2030,8 +2030,9 @@ __device__ void Worker::mark(Mark event, int layer) const {
 }
 
 // 19. Host side ===========================================================================================
-// A block waits for all others at (4), (5) and (6). Two launches with half of the GPU each would wait for ever. So
-// the launch is *cooperative*: with this attribute the driver starts all blocks at once, or refuses.
+// A block waits for all others at (4), (5) and (6). Two launches with half of the GPU each would wait for
+// ever. So the launch is *cooperative*: with this attribute the driver starts all blocks at once, or
+// refuses.
 
 static cudaLaunchConfig_t configure(cudaLaunchAttribute (&attributes)[2], int clusters, void* stream) {
   attributes[0].id = cudaLaunchAttributeClusterDimension; attributes[0].val.clusterDim = {K, 1, 1};
@@ -2045,8 +2046,8 @@ static cudaLaunchConfig_t configure(cudaLaunchAttribute (&attributes)[2], int cl
 }
 
 // 20. Binding: plain C, called through Python's ctypes ====================================================
-// A function returns NULL, or what went wrong.
-// CUDA keeps an error until a call asks for it. cudaGetLastError takes it back, so that no later call meets it.
+// A function returns NULL, or what went wrong. CUDA keeps an error until a call asks for it.
+// cudaGetLastError takes it back, so that no later call meets it.
 #define CHECK(call) \
   do { const cudaError_t e = (call); if (e) return cudaGetLastError(), cudaGetErrorString(e); } while (0)
 
