@@ -24,6 +24,7 @@ import build
 import generate
 from build import Fused
 from checkpoint import Refused
+from emulator.emulator import kernel_constants
 from model import Config, Pythia, Sampler
 
 HERE = Path(__file__).resolve().parents[1]
@@ -424,7 +425,9 @@ class Simulated(Fused):
                             "-fvisibility=hidden", "-fPIC", "-shared", *macros, "-o", library,
                             HERE / "emulator" / "simulator.cpp"], check=True)
         self.library = ctypes.CDLL(str(library))
-        self.allocate(model, None, clusters * self.defines["CLUSTER"])
+        blocks, k = clusters * self.defines["CLUSTER"], kernel_constants(self.defines)
+        assert blocks * k.WORKERS >= k.C / 2 and blocks * k.WORKERS * k.KEPT >= k.V, "fused_launch would refuse"
+        self.allocate(model, None, blocks)
 
     def launch(self, first_layer, last_layer, tokens=0):
         sizes = (ctypes.c_longlong * len(self.tensors))(*(t.nbytes for t in self.tensors))

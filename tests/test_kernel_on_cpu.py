@@ -99,7 +99,7 @@ def test_simulated_text(simulated):
     """Greedy and drawn tokens of tiny-pythia: those of the reference in fp32, with the same seed."""
     full = Pythia.from_pretrained(helpers.TINY)
     model = Pythia.from_pretrained(helpers.TINY, dtype=torch.float16)
-    fused, n = simulated(model, 4, cluster=1), 8
+    fused, n = simulated(model, 4, cluster=1, extra={"MIN_BLOCKS": 4}), 8
     for settings in ((0.0, None, None), (0.8, 50, 0.95)):
         first, *text = full.generate([5, 6, 7], n + 1, *settings, seed=3)
         model(torch.tensor([[5, 6, 7]]), fused.cache, 0)
