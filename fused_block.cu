@@ -180,10 +180,10 @@ struct Worker {
   //
   // mark() is a stopwatch, tap() a probe for tests. The shipped kernel contains neither (chapter 18).
   __device__ void run(const Plan& plan, int first_layer, int last_layer, int new_tokens,
-                      int token, int position, int end, unsigned steps) {
+                      int token, int position, int end, unsigned steps, const longlong2& carried_words) {
     Columns x, xn1, xn2;                                            // this thread's columns, in registers
     long long *x_now = buffer(steps), *x_next = buffer(steps + 1);  // all of x, in global memory: chapter 8
-    begin(first_layer);
+    begin(first_layer, carried_words);
 
     for (int layer = first_layer; position < end;) {
       // S0. Read x, as soon as every cluster of the grid has added to it: (4).
@@ -296,8 +296,7 @@ struct Worker {
   __device__ int next_token(const Columns& xn, int position, int end);
   // 10. The division of work, and the kernel
   __device__ void prepare(int at) const;
-  __device__ void load_carried(const long long* x_now);
-  __device__ void begin(int first_layer);
+  __device__ void begin(int first_layer, const longlong2& carried_words);
   __device__ void finish(long long* x_next, int token, int position, unsigned steps) const;
   // 18. Taps and marks
   enum Tap { TAP_XN1 = 0, TAP_XN2 = C, TAP_Q = 2 * C, TAP_K = 3 * C, TAP_V = 4 * C, TAP_O = 5 * C,
@@ -1483,8 +1482,8 @@ __device__ int Worker::choose() {
     }
     candidate = rank_of(s.candidate, token);
 
-    // With both, bisect first for a rank that top_k tokens are ranked before. Their probability is what top_p is
-    // of. More than top_k tokens are ranked before low, none before high.
+    // With both, bisect first for a rank that top_k tokens are ranked before. Their probability is what top_p
+    // is of. More than top_k tokens are ranked before low, none before high.
     ulonglong2 found;
     while (true) {
       const unsigned long long middle = low + (high - low) / 2;
@@ -1603,11 +1602,11 @@ __device__ void Producer::run(int first_layer, int last_layer, int first, int en
 // A carrier needs its two words before the first layer. Those of x_next are 0 when a launch begins. They
 // must not be loaded: by then, another block may have added to them. Those of x_now are loaded before (0).
 // They are added to in layer 1, by blocks that have passed a (4), for which every block had passed (0).
-__device__ void Worker::load_carried(const long long* x_now) {
-  if (tid < WORKERS && 2 * carried < C) own_now = load_relaxed(x_now + 2 * carried);
+__device__ int carried_pair() { return (gridDim.x - 1 - blockIdx.x) * WORKERS + threadIdx.x; }
+
+__device__ void Worker::begin(int first_layer, const longlong2& carried_words) {
+  own_now = carried_words;
   own_next = {0, 0};  // as the launch before has left it
-}
-__device__ void Worker::begin(int first_layer) {
   norms = load_norms(first_layer);
 }
 
@@ -1658,8 +1657,9 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     barriers_exist();
   }
   load_rope(m, s, position, WORKERS + 32);
-  Worker worker{m, s};
-  worker.load_carried(worker.buffer(steps));
+  longlong2 carried_words = {0, 0};
+  if (threadIdx.x < WORKERS && 2 * carried_pair() < C)
+    carried_words = load_relaxed(m.residual + steps % 2 * C + 2 * carried_pair());
 
   // (0) No push may go to a block that has not begun, or to an mbarrier that does not exist.
   cluster_sync();  // (0)
@@ -1671,7 +1671,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
   }
 
   // All others are workers.
-  worker.run(s.plan, first_layer, last_layer, new_tokens, token, position, end, steps);
+  Worker{m, s}.run(s.plan, first_layer, last_layer, new_tokens, token, position, end, steps, carried_words);
 }
 
 // 11. A layer in time =====================================================================================
