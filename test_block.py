@@ -43,10 +43,10 @@ pytest_plugins = ["tests.fixtures"]
 
 @pytest.mark.parametrize("name", SIZES)
 def test_logits(name):
-    """Every width of the family; depth cut to 2 or 1 layers, from 160m on the vocabulary to 2048 words."""
+    """Every width of the family; depth cut to 2 or 1 layers, and but for 14m the vocabulary to 2048 words."""
     config = Config.from_name(name)
     small = config.hidden <= 1024
-    config = replace(config, n_layer=2 if small else 1, vocab=config.vocab if config.hidden <= 512 else 2048)
+    config = replace(config, n_layer=2 if small else 1, vocab=config.vocab if config.hidden == 128 else 2048)
     model = Pythia.random(config, seed=len(name))
     hf = helpers.transformers_twin(model)
     context, rng = config.context, torch.Generator().manual_seed(1)
@@ -330,8 +330,8 @@ SYNCS = {sync: (re.compile(wait), instead) for sync, wait, instead in (
     ("(g), after (5)", r"give_up\(\S+ SYNC_VOTE(?:.*\n)*?\s+(workers_sync\(\));  // \(g\)", "false"),
     ("(g), after (6)", r"give_up\(\S+ SYNC_TALLY(?:.*\n)*?\s+(workers_sync\(\));  // \(g\)", "false"),
     ("(h)", r"wait\([^;]*SYNC_TOKEN\)", "false"),
-    ("a launch's clear buffer", r"Worker::begin\(int first_layer\) \{(\n)",  # they load what is 0
-     "own_next = load_relaxed(buffer(m.state->steps + 1) + 2 * min(carried, C / 2 - 1));"),
+    ("a launch's clear buffer", r"own_next = (\{0, 0\});",  # the words are loaded, which others may add to
+     "load_relaxed(buffer(m.state->steps + 1) + 2 * min(carried, C / 2 - 1))"),
     # a control: what only saves time
     ("(g), after (4)", r"give_up\(\S+ SYNC_X(?:.*\n)*?\s+(workers_sync\(\));  // \(g\)", "false"))}
 CONTROL = "(g), after (4)"
@@ -370,11 +370,11 @@ def launched(fused):
 
 def test_simulated_orders(makers):
     unlike = 0
-    for name, orders in (("14m", 40), ("70m", 9), ("ahead", 9)):
+    for name, orders in (("14m", 40), ("70m", 5), ("ahead", 9)):
         make, right = makers[name]
         fused = make()
         unlike += sum(not torch.equal(launched(fused), right) for _ in range(orders))
-    report("on a CPU", "all syncs: orders of 58 with other bits", unlike)
+    report("on a CPU", "all syncs: orders of 54 with other bits", unlike)
 
 
 @pytest.mark.parametrize("sync", SYNCS)

@@ -105,7 +105,7 @@ def command(*argv, **env):
 
 def error_of(ours, theirs):
     """Largest difference, in units of the standard deviation of `theirs` (a logit's scale)."""
-    return (ours - theirs).abs().max() / theirs.std()
+    return torch.linalg.vector_norm(ours - theirs, math.inf) / theirs.std()
 
 
 def in_pieces(model, tokens, cache, cuts):
@@ -426,7 +426,8 @@ class Simulated(Fused):
                             HERE / "emulator" / "simulator.cpp"], check=True)
         self.library = ctypes.CDLL(str(library))
         blocks, k = clusters * self.defines["CLUSTER"], kernel_constants(self.defines)
-        assert blocks * k.WORKERS >= k.C / 2 and blocks * k.WORKERS * k.KEPT >= k.V, "fused_launch would refuse"
+        threads = blocks * k.WORKERS
+        assert threads >= k.C / 2 and threads * k.KEPT >= k.V, "fused_launch would refuse"
         self.allocate(model, None, blocks)
 
     def launch(self, first_layer, last_layer, tokens=0):

@@ -3,6 +3,7 @@ import json
 import re
 
 import numpy as np
+import pytest
 
 import build
 from bench import COUNTERS, read_counters
@@ -16,7 +17,7 @@ def test_expected_time():
     three come to 1.8 % of all eight; bytes at 4.58 TB/s, a constant a layer and one a token to 4.6 %."""
     rows, off = json.loads((HERE / "results" / "bench-h200.json").read_text())["rows"], {}
     for name in SIZES:
-        if us := rows.get(f"step {name} 128 fused", {}).get("us"):
+        if us := rows.get(f"step {name} 128 greedy", {}).get("us"):
             off[name] = abs(emulator.expected_us(Config.from_name(name), 128) / float(np.median(us)) - 1)
     worst = max(off, key=off.get)
     report("--explain", f"expected / measured - 1 of {len(off)} models, worst {worst}", off[worst], 0.02)
@@ -43,19 +44,24 @@ def test_record_is_current():
     report("record", f"GPU records not of this kernel{advice}", len(faults))
 
 
-def test_readme_links():
-    """What README.md links to is there; a link to a line has words of it: its title, or its text."""
-    readme, faults, lines = (HERE / "README.md").read_text(), [], 0
-    link = r'\[([^\]]*)\]\(([^)#:\s]+)(?:#L(\d+))?(?: "([^"]*)")?\)'
-    for text, target, line, title in re.findall(link, readme):
-        if not (HERE / target).exists():
+PAGES = ["README.md", *(str(path.relative_to(HERE)) for path in sorted(HERE.glob("docs/*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links(page):
+    """What a page links to is there; a link to a line has words of it: its title, or its text."""
+    text, faults, lines = (HERE / page).read_text(), [], 0
+    link = r'\[([^\]]*)\]\(([^)#:\s]+)(?:#L(\d+))?(?:#[a-z-]*)?(?: "([^"]*)")?\)'
+    for words, target, line, title in re.findall(link, text):
+        path = (HERE / page).parent / target
+        if not path.exists():
             faults.append(f"no file {target}")
         elif line:
-            words, lines = title or text, lines + 1
-            code = (HERE / target).read_text().splitlines()
+            words, lines = title or words, lines + 1
+            code = path.read_text().splitlines()
             where = [i for i, row in enumerate(code, 1) if words in row]
             if where != [int(line)]:
                 faults.append(f"{words!r} is in lines {where} of {target}, not {line}")
-    report("README.md", f"links that lead elsewhere {faults or ''}", len(faults))
-    report("README.md", "links to a line that were not looked at", readme.count("#L") - lines)
-    report("README.md", "no link to a line at all", lines == 0)
+    report(page, f"links that lead elsewhere {faults or ''}", len(faults))
+    report(page, "links to a line that were not looked at", text.count("#L") - lines)
+    report(page, "no link to a line at all", page == "README.md" and lines == 0)

@@ -121,7 +121,8 @@ def test_constants_and_plan(tmp_path):
         r"^[^\n]*Plan make_plan\(.*?^\}"))
     names = re.findall(r"\b(\w+) = ", "".join(re.findall(r"constexpr (?:int|float|long long) [^;]*;", sizes)))
     variants = [build.constants(Config.from_name(name), cluster=n) for name in SIZES for n in CLUSTERS]
-    text = "#include <algorithm>\n#define __host__\n#define __device__\nusing std::max, std::min;\n"
+    text = "#include <algorithm>\nusing std::max, std::min;\n"
+    text += "".join(f"#define {word}\n" for word in ("__host__", "__device__", "__noinline__"))
     for n, defines in enumerate(variants):
         for macro, value in defines.items():
             text += f"#undef {macro}\n#define {macro} {value}\n"
