@@ -84,7 +84,7 @@ def run(args):
     from checkpoint import Refused, fetch
     from model import Config, Pythia
     if args.explain:
-        from emulator import explain
+        from emulator.emulator import explain
         try:
             config = Config.from_name(args.model)
         except Refused:  # not one of the ten sizes

@@ -1,7 +1,7 @@
 """fused_block.cu in numpy: its clusters, ranks, teams, stages and sums, as loops that a debugger can follow.
 
-    python emulator.py                           one token of tiny-pythia, compared with float64
-    python emulator.py --explain pythia-2.8b     how the work is laid out; needs neither GPU nor compiler
+    python emulator/emulator.py                           one token of tiny-pythia, compared with float64
+    python emulator/emulator.py --explain pythia-2.8b     how the work is laid out; needs neither GPU nor compiler
 
 A function that mirrors one of the kernel's has its name and its order; arithmetic is float64. Thread blocks
 take turns here, so a sync is where one loop over blocks ends and the next begins; its id is that of the
@@ -21,11 +21,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+HERE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HERE))  # for `python emulator/emulator.py`
+import build
 from build import SHARED_BYTES, constants
 from checkpoint import Refused
 from model import Config, Pythia
 
-SOURCE = Path(__file__).with_name("fused_block.cu").read_text()
+SOURCE = build.SOURCE.read_text()
 # fits bench.py's record at 128 tokens: bytes a second of a step, us of a layer without bytes, us once a token
 STEP_RATE, LAYER_US, TOKEN_US = 4.5e12, 4.15, 1.1
 
@@ -400,7 +403,7 @@ class Emulator:
         x that is there."""
         k, model, last_layer = self.k, self.model, self.k.L if last_layer is None else last_layer
         self.position, self.range = position, (first_layer, last_layer, lm_head)
-        self.cos, self.sin = (table[position].double().numpy() for table in model.rope)
+        self.cos, self.sin = model.rope[:, position].double().numpy()
         self.logits, self.touched = np.full(k.V, np.nan), {"kv": np.zeros((k.L, k.NH, k.CTX), np.uint8)}
         self.touched["embed_out"] = {-1: np.zeros((k.V, k.C), np.uint8)}
         for name in ("w_qkv", "w_out", "w_up", "w_down"):
@@ -542,7 +545,7 @@ sums of y       {8 * clusters * k.C / 1e3:9.1f}   added to x in L2 by {clusters}
 
 def check(tokens, cluster):
     """Prints the step of tiny-pythia after `tokens` here, and in model.py in float64."""
-    model = Pythia.from_pretrained(Path(__file__).with_name("tiny-pythia")).double()
+    model = Pythia.from_pretrained(HERE / "tiny-pythia").double()
     cache, position = model.new_cache(), len(tokens) - 1
     truth = model(torch.tensor([tokens]), cache)[0, -1].numpy()
     grid = Emulator(model, 3, cache, cluster=cluster)

@@ -1,6 +1,6 @@
-// fused_block.cu on a CPU, for whoever has no GPU: python test_block.py -k simulated. The kernel's own source
+// fused_block.cu on a CPU, where there is no GPU: python test_block.py -k simulated. The kernel's own source
 // is compiled as C++, with a fiber, a thread that only this program switches, for each of its threads. KERNEL
-// is what source_for_cpu in test_block.py leaves of it: not the host side, and not the functions of its
+// is what source_for_cpu in tests/helpers.py leaves of it: not the host side, and not the functions of its
 // toolbox that are PTX; those are here, as what they do.
 //
 // The kernel may depend on no order but that of its syncs, so all else comes in a random one: warps take
@@ -64,7 +64,7 @@ using std::min;
 
 struct Barrier { int arrived = 0, phase = 0; };
 
-struct Warp { Barrier barrier; uint64_t lanes[32]; bool dawdles = false, ended = false; };
+struct Warp { Barrier barrier; uint64_t lanes[2][32]; bool dawdles = false, ended = false; };
 
 struct Block {
   std::unique_ptr<uint8_t[]> memory;
@@ -80,6 +80,8 @@ struct Fiber {
   ucontext_t begin;
   jmp_buf at;
   bool begun = false, ended = false;
+  const Barrier* barrier = nullptr;  // at which it waits
+  int phase;                         // for the end of this phase
 };
 
 constexpr int SHARED = SHARED_BYTES, STACK = 1 << 16;  // bytes
@@ -107,18 +109,18 @@ void yield() {
 void meet(Barrier& b, int threads) {
   const int phase = b.phase;
   if (++b.arrived == threads) b.arrived = idle = 0, b.phase++;
-  else while (b.phase == phase) yield();
+  else fiber->barrier = &b, fiber->phase = phase, yield();
 }
 bool chance(int of) { return rng() % of == 0; }
 
 Block& block() { return blocks[blockIdx.x]; }
 Warp& warp() { return block().warps[threadIdx.x / 32]; }
 void __syncwarp() { meet(warp().barrier, 32); }
-template <class T> T exchange(T v, int lane) {
-  memcpy(&warp().lanes[threadIdx.x % 32], &v, sizeof v);
+template <class T> T exchange(T v, int lane) {  // two arrays in turn: no lane is two barriers ahead
+  uint64_t* const lanes = warp().lanes[warp().barrier.phase % 2];
+  memcpy(&lanes[threadIdx.x % 32], &v, sizeof v);
   __syncwarp();
-  memcpy(&v, &warp().lanes[lane], sizeof v);
-  __syncwarp();
+  memcpy(&v, &lanes[lane], sizeof v);
   return v;
 }
 template <class T> T __shfl_xor_sync(unsigned, T v, int bit) { return exchange(v, threadIdx.x % 32 ^ bit); }
@@ -229,7 +231,8 @@ void run_thread() {
 
 void run_lane(Fiber* lane) {  // until it waits
   fiber = lane;
-  if (lane->ended || trapped) return;
+  if (lane->ended || trapped || (lane->barrier && lane->barrier->phase == lane->phase)) return;
+  lane->barrier = nullptr;
   if (_setjmp(scheduler)) return;
   if (lane->begun) _longjmp(lane->at, 1);
   lane->begun = true;
@@ -287,7 +290,8 @@ extern "C" __attribute__((visibility("default"))) int simulate(const void* const
   std::iota(order.begin(), order.end(), 0);
   size_t ended = 0;
   const int tardy = chance(8) ? rng() % n_clusters : n_clusters;  // a cluster that begins when others are far
-  for (int turn = 0; ended < order.size() && !trapped && idle++ < 5000; turn++) {
+  // The longest launch of the tests takes 40,000 turns. A broken one may go on for ever, choosing a token.
+  for (int turn = 0; ended < order.size() && !trapped && idle++ < 5000 && turn < 200'000; turn++) {
     if (tardy < n_clusters && turn < 3000) idle = 0;
     if (turn % 16 == 0) std::shuffle(order.begin(), order.end(), rng);
     for (int w : order) {
