@@ -53,7 +53,7 @@ def fake_nvcc(tmp_path, monkeypatch):
         path = tmp_path / "bin" / "nvcc"
         path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V0'\n{more}\n")
         path.chmod(0o755)
-        monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
         monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(build, "nvcc", build.nvcc.__wrapped__)  # remembers what it found
     return fake
@@ -82,8 +82,7 @@ def test_build_refusals(tmp_path, monkeypatch, fake_nvcc):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     report_refused("GPU of 8.6", ["8.6", "sm_90a", "run without fused"], build.device_arch, "cuda")
     with monkeypatch.context() as patch:
-        patch.setattr(cpp_extension, "CUDA_HOME", None)
-        patch.setenv("PATH", str(tmp_path))
+        patch.setenv("CUDA_HOME", str(tmp_path))
         report_refused("no nvcc", ["nvcc is not found", "CUDA_HOME"], build.nvcc)
     fake_nvcc("12.4")
     report_refused("nvcc older than torch's CUDA", ["12.4", "13.0", "install the matching"], build.nvcc)
@@ -99,8 +98,8 @@ def test_build_refusals(tmp_path, monkeypatch, fake_nvcc):
     report("refusal", "build.py --arch sm_80", sum([rc != 2, "sm_80" not in err, "sm_90a" not in err]))
 
 
-def test_build_cache(tmp_path, monkeypatch, fake_nvcc):
-    """torch's compiler is replaced by one that is killed, one that fails, and one that takes a while."""
+def test_killed_build(tmp_path, monkeypatch, fake_nvcc):
+    """A build that Ctrl-C ends in torch's builder leaves nothing that a later one waits for, or loads."""
     fake_nvcc()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(build.ctypes, "CDLL", lambda path: path)
@@ -111,12 +110,8 @@ def test_build_cache(tmp_path, monkeypatch, fake_nvcc):
         Path(build_directory, name + ".so").write_text("half a library")
         raise KeyboardInterrupt
 
-    def failing(name, sources, build_directory, **_):
-        raise RuntimeError(f"Error building extension '{name}': [1/2] nvcc\nx.cu(1): error: nonsense\n")
-
-    def slow(name, sources, build_directory, **_):
+    def whole(name, sources, build_directory, **_):
         locks.append(Path(build_directory, "lock").exists())
-        time.sleep(0.3)
         Path(build_directory, name + ".so").write_text("a library")
 
     def load(compiler):
@@ -125,23 +120,9 @@ def test_build_cache(tmp_path, monkeypatch, fake_nvcc):
     with redirect_stderr(io.StringIO()):
         with pytest.raises(KeyboardInterrupt):
             load(killed)
-        report_refused("kernel that torch does not compile", ["compile: x.cu(1): error: nonsense"],
-                       load, failing)
-        with pytest.raises(KeyboardInterrupt):
-            load(killed)
-        with ThreadPoolExecutor(2) as pool:
-            libraries = set(pool.map(load, [slow, slow]))
+        library = load(whole)
     report("build.py", "locks of a killed build still there", sum(locks))
-    report("build.py", "compilations unlike 1 when two want the same", abs(len(locks) - 1))
-    report("build.py", "libraries unlike 1", abs(len(libraries) - 1))
-    other = load(killed)  # would raise if it compiled
-    report("build.py", "compilations of what is cached", other not in libraries)
-    report("build.py", "half a library, of a killed build, loaded", Path(other).read_text() != "a library")
-    folder = Path(other).parent
-    report("build.py", "bits that others have of the cache folder's mode", folder.stat().st_mode & 0o077)
-    owner = folder.stat().st_uid
-    monkeypatch.setattr(build.os, "getuid", lambda: owner + 1)
-    report_refused("compile cache of another user", ["another user", "TORCH_EXTENSIONS_DIR"], load, killed)
+    report("build.py", "half a library, of a killed build, loaded", Path(library).read_text() != "a library")
 
 
 FULL_DISK = """
@@ -163,7 +144,7 @@ from model import Config
 toolkit, optimised = sys.argv.pop(), build.flags
 build.flags = lambda *args: [*optimised(*args), "-Xcicc=-O0", "-Xptxas=-O0"]  # the disk is what is looked at
 if torch.version.cuda is None:  # a torch without CUDA lacks what only torch's own kernels need
-    cpp_extension.CUDA_HOME = toolkit
+    torch.version.cuda = "13.0"
     cpp_extension._prepare_ldflags = lambda *_: [f"-L{toolkit}/lib64", "-lcudart_static"]
 try:
     build.main()
