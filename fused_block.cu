@@ -231,7 +231,7 @@ struct Worker {
 
         // S8. Do some more hidden units while results are on their way. Then wait for the results: (2).
         units(xn2, done, min(done + plan.filler, plan.units.count));
-        wait_for_slices(); mark(MARK_2, layer);
+        wait_for_attention(); mark(MARK_2, layer);
 
         // S6, S7. Merge the results into o. Add this rank's output rows, each times its o, to y.
         out_rows(h); mark(MARK_OUT, layer);
@@ -274,8 +274,8 @@ struct Worker {
   __device__ void wait_for_qkv() const;
   __device__ void rotate_and_append(int layer, int h, int position) const;
   __device__ void attend();
-  __device__ void push_slice() const;
-  __device__ void wait_for_slices();
+  __device__ void push_attention() const;
+  __device__ void wait_for_attention();
   __device__ void out_rows(int h);
   __device__ void cluster_reduce();
   // 8. x between layers
@@ -398,11 +398,12 @@ __device__ half* cache_row(const Model& m, int layer, int kv, int head, int toke
   return m.cache + (((size_t)(layer * 2 + kv) * NH + head) * CTX + token) * HS;
 }
 
-// ---- Where things lie: one block's shared memory, 231936 bytes -------------------------------------------
+// ---- Where things lie: one block's shared memory, 232192 bytes -------------------------------------------
 // The ring gets what is left: 205 KB, 10 slots. FIXED_BYTES is at least the size of everything else: x, sums
-// and warp_o; 25 * HS bytes for qkv, slice_o, q, k_new, v_new and the RoPE angles; the other arrays with an
+// and warp_o; 25 * HS bytes for qkv, peer_o, q, k_new, v_new and the RoPE angles; the other arrays with an
 // entry for each warp; and 512 bytes for all small things.
-constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS + 25 * HS / 4 + (2 * ROWS + 8) * WARPS) + 512;
+constexpr int WARP_BYTES = 24 * WARPS + 8 * (ROWS + 1) * TEAMS * TEAM_WARPS;  // [960]
+constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS) + 25 * HS + WARP_BYTES + 512;
 constexpr int SLOTS = (SHARED_BYTES - FIXED_BYTES) / (SLOT_BYTES + 2 * TILE_BIASES + 16);  // [10]
 
 // Come back to this list when a chapter uses a name from it. Copies by the producer, and loads of 16 bytes at
@@ -413,7 +414,7 @@ struct alignas(128) Shared {                        // bytes       chapter, and 
   alignas(16) float sums[K * TEAMS][OWN];           // 10240       7  y from every rank, this rank's columns
   alignas(16) float x[C];                           // 10240       8  x, read once for all threads
   float qkv[3 * HS];                                // 960         7  q, k, v of a head, from all ranks
-  float slice_o[K][OUT_ROWS], slice_top_l[K][2];    // 336         7  attention's results, from all ranks
+  float peer_o[K][OUT_ROWS], peer_top_l[K][2];    // 336         7  attention's results, from all ranks
   alignas(16) float q[HS];                          // 320         7  q, rotated and scaled
   alignas(16) half k_new[HS], v_new[HS];            // 320         7  the new token's k and v, as in the cache
   float warp_o[WARPS][HS], warp_top[WARPS],
@@ -430,7 +431,7 @@ struct alignas(128) Shared {                        // bytes       chapter, and 
   Share rows;                                       // 20          10 the block's rows of the LM head
   int layer;                                        // 4           16 the layer that a failure is reported in
   uint64_t full[SLOTS], empty[SLOTS];               // 160         5  (F), (E)
-  uint64_t qkv_ready, slice_ready, sums_ready;      // 24          7  (1), (2), (3)
+  uint64_t qkv_ready, attention_ready, sums_ready;      // 24          7  (1), (2), (3)
   uint64_t token_ready, workers_done;               // 16          9  (h); 16
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory: FIXED_BYTES is wrong");
@@ -626,7 +627,7 @@ __device__ void Worker::release() {
 // frequent to look at a clock each time: 1254 -> 1249 us.
 constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
 enum SyncId {  // in Failure::sync
-  SYNC_QKV = 1, SYNC_SLICE, SYNC_SUMS, SYNC_X, SYNC_VOTE, SYNC_FULL, SYNC_EMPTY, SYNC_TOKEN, SYNC_TALLY
+  SYNC_QKV = 1, SYNC_ATTENTION, SYNC_SUMS, SYNC_X, SYNC_VOTE, SYNC_FULL, SYNC_EMPTY, SYNC_TOKEN, SYNC_TALLY
 };
 __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t parity, SyncId sync);
 __device__ void give_up(Failure* failure, int sync, int layer, int seen);  // reports, and ends the launch
@@ -837,7 +838,7 @@ __device__ void Worker::units(const Columns& xn2, int& done, int end) {
 //
 //     sync  inbox                 what is pushed                     to which rank           without the sync
 //     (1)   qkv                   a rank's 120 rows of q, k, v       all                     stale q, k or v
-//     (2)   slice_o, slice_top_l  attention over a rank's 64 tokens  owner of the dimension  tokens are lost
+//     (2)   peer_o, peer_top_l  attention over a rank's 64 tokens  owner of the dimension  tokens are lost
 //     (3)   sums                  a rank's y                         owner of the column     x lacks peers' y
 //
 // An *inbox* is an array that pushes go to; a rank pushes to its own inboxes, too. *Peers* are the blocks of
@@ -933,13 +934,13 @@ __device__ void Worker::rotate_and_append(int layer, int h, int position) const 
 //           new token, because no rank has fewer cached ones
 //   bytes   4 * HS * T / K, 20 KB; with T = 2048, 328 KB, 9.3 us
 //   syncs   (F) (E) for each slot; (e) makes the last step wait for the results of all warps; (2) later
-// Sets merge three times: those of lanes here, those of warps in push_slice, those of ranks in S6.
+// Sets merge three times: those of lanes here, those of warps in push_attention, those of ranks in S6.
 constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // for a token [16]
 constexpr int WARP_TOKENS = 32 / TOKEN_LANES;     // tokens that a warp has at once [2]
 
 __device__ void Worker::attend() {
   // Expect results from all ranks.
-  if (tid == 0) barrier_expect(&s.slice_ready, sizeof(s.slice_o) + sizeof(s.slice_top_l));  // (2)
+  if (tid == 0) barrier_expect(&s.attention_ready, sizeof(s.peer_o) + sizeof(s.peer_top_l));  // (2)
 
   // This lane has dimensions d .. d + 7, of tokens group, group + 2, ... of its warp.
   const int d = lane % TOKEN_LANES * 8, group = lane / TOKEN_LANES;
@@ -1007,12 +1008,12 @@ __device__ void Worker::attend() {
     for (int i = 0; i < 8; i++) s.warp_o[warp][d + i] = o[i];
   if (lane == 0) s.warp_top[warp] = top, s.warp_l[warp] = l;
   workers_sync();  // (e)
-  if (tid < HS) push_slice();
+  if (tid < HS) push_attention();
 }
 
 // CLUSTERREDUCE of o, first half. Thread d merges o[d] of the 10 warps, and pushes it to the rank that owns
 // dimension d. top and l go to all ranks.
-__device__ void Worker::push_slice() const {
+__device__ void Worker::push_attention() const {
   float top = s.warp_top[0], l = 0, o = 0;
   for (int from = 1; from < WARPS; from++) top = fmaxf(top, s.warp_top[from]);
   for (int from = 0; from < WARPS; from++) {
@@ -1021,15 +1022,15 @@ __device__ void Worker::push_slice() const {
     o = fmaf(shrink, s.warp_o[from][tid], o);
   }
   const int owner = tid / OUT_ROWS;
-  push(peer(&s.slice_o[s.plan.rank][tid % OUT_ROWS], owner), o, peer(&s.slice_ready, owner));  // (2)
+  push(peer(&s.peer_o[s.plan.rank][tid % OUT_ROWS], owner), o, peer(&s.attention_ready, owner));  // (2)
   if (tid < K) {
-    push(peer(&s.slice_top_l[s.plan.rank][0], tid), top, peer(&s.slice_ready, tid));           // (2)
-    push(peer(&s.slice_top_l[s.plan.rank][1], tid), l, peer(&s.slice_ready, tid));             // (2)
+    push(peer(&s.peer_top_l[s.plan.rank][0], tid), top, peer(&s.attention_ready, tid));           // (2)
+    push(peer(&s.peer_top_l[s.plan.rank][1], tid), l, peer(&s.attention_ready, tid));             // (2)
   }
 }
 
-__device__ void Worker::wait_for_slices() {
-  wait(m, s, &s.slice_ready, head_parity, SYNC_SLICE);  // (2)
+__device__ void Worker::wait_for_attention() {
+  wait(m, s, &s.attention_ready, head_parity, SYNC_ATTENTION);  // (2)
   head_parity ^= 1;
 }
 
@@ -1042,11 +1043,11 @@ __device__ void Worker::wait_for_slices() {
 // run.
 __device__ void Worker::out_rows(int h) {
   // The weight of each rank, and the common denominator.
-  float top = s.slice_top_l[0][0], weight[K], l = 0;
-  for (int r = 1; r < K; r++) top = fmaxf(top, s.slice_top_l[r][0]);
+  float top = s.peer_top_l[0][0], weight[K], l = 0;
+  for (int r = 1; r < K; r++) top = fmaxf(top, s.peer_top_l[r][0]);
   for (int r = 0; r < K; r++) {
-    weight[r] = exp2f(s.slice_top_l[r][0] - top);
-    l = fmaf(weight[r], s.slice_top_l[r][1], l);
+    weight[r] = exp2f(s.peer_top_l[r][0] - top);
+    l = fmaf(weight[r], s.peer_top_l[r][1], l);
   }
 
   // For each tile: the o of this lane's row, then all rows times their o.
@@ -1054,7 +1055,7 @@ __device__ void Worker::out_rows(int h) {
     const int n = min(TILE_ROWS, OUT_ROWS - i);
     float o = 0;
     if (row < n) {
-      for (int r = 0; r < K; r++) o = fmaf(weight[r], s.slice_o[r][i + row], o);
+      for (int r = 0; r < K; r++) o = fmaf(weight[r], s.peer_o[r][i + row], o);
       o /= l;
       tap(TAP_O + h * HS + s.plan.rank * OUT_ROWS + i + row, o);
     }
@@ -1308,7 +1309,7 @@ __device__ float log_exponential(unsigned long long seed, uint32_t position, uin
 // token. So a maximum of ranks is an argmax. The upper half is made of the logit's bits. They order like an
 // unsigned integer, if all bits of a negative number are flipped, and the sign bit of a positive one is set.
 // NaN is above all, as in torch. Keys are ranked like logits.
-__device__ unsigned long long rank_of(float logit, int token) {
+__device__ unsigned long long order_of(float logit, int token) {
   const uint32_t bits = __float_as_uint(logit + 0.f);  // -0 becomes 0, its equal
   const uint32_t order = logit != logit ? ~0u : bits >> 31 ? ~bits : bits | 1u << 31;
   return (unsigned long long)order << 32 | ~(uint32_t)token;
@@ -1385,10 +1386,10 @@ __device__ void Worker::vote(unsigned long long candidate) {
 #pragma unroll
   for (int k = 0; k < KEPT; k++) {
     const int token = kept_token(k);
-    const unsigned long long rank = token < V ? rank_of(logits[k], token) : 0;
+    const unsigned long long rank = token < V ? order_of(logits[k], token) : 0;
     if (rank <= candidate) continue;
     best = max(best, rank);
-    drawn = max(drawn, rank_of(logits[k] + noise[k], token));
+    drawn = max(drawn, order_of(logits[k] + noise[k], token));
   }
   best = warp_max(best), drawn = warp_max(drawn);
   if (lane == 0) s.warp_votes[warp] = {best, drawn};
@@ -1434,7 +1435,7 @@ __device__ ulonglong2 Worker::tally(float largest, unsigned long long candidate,
     if (token == V) continue;
     const unsigned long long mass =
         __float2ull_rz(expf((logits[k] - largest) / s.settings.temperature) * (1 << 30));
-    const bool is_before = rank_of(logits[k], token) > candidate;
+    const bool is_before = order_of(logits[k], token) > candidate;
     before += is_before ? mass : 0;
     other += with_count ? is_before : mass;
   }
@@ -1480,7 +1481,7 @@ __device__ int Worker::choose() {
       if (!(fabsf(largest) <= 3.4028235e38f)) return -1;
       if (s.settings.temperature == 0 || !(cut_k || cut_p)) return token;
     }
-    candidate = rank_of(s.candidate, token);
+    candidate = order_of(s.candidate, token);
 
     // With both, bisect first for a rank that top_k tokens are ranked before. Their probability is what top_p
     // is of. More than top_k tokens are ranked before low, none before high.
@@ -1652,7 +1653,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     s.tally_before[0] = state.tally[0], s.tally_before[1] = state.tally[1];
     s.votes = state.votes, s.tallies = 0;
     for (int i = 0; i < SLOTS; i++) barrier_init(&s.full[i], 1), barrier_init(&s.empty[i], WARPS);
-    barrier_init(&s.qkv_ready, 1), barrier_init(&s.slice_ready, 1), barrier_init(&s.sums_ready, 1);
+    barrier_init(&s.qkv_ready, 1), barrier_init(&s.attention_ready, 1), barrier_init(&s.sums_ready, 1);
     barrier_init(&s.token_ready, 1), barrier_init(&s.workers_done, WARPS);
     barriers_exist();
   }
@@ -1784,7 +1785,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 //     (b)   a team: warp_stats of all its warps                     a mean of stale values
 //     (c)   a team: warp_dots of all its warps                      stale dot products
 //     (d)   workers: q, k_new, v_new are there, qkv is read         attention with a half-rotated q
-//     (e)   push_slice: the results of all warps                    a merge with the head before
+//     (e)   push_attention: the results of all warps                    a merge with the head before
 //     (f)   thread 0: its block has written all that (5), (6) need  a block takes part before it is done
 //     (g)   workers: thread 0 has passed (4), (5) or (6)            at (5) and (6), they run ahead of it
 //     (h)   the producer: thread 0 has passed (5)                   copies of k and v not there yet
@@ -1795,7 +1796,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 // a tile has 8 rows for each team, 32. Every team has a y of its own. All teams push their y to the owner of
 // the columns, which adds K * TEAMS of them, in the order of ranks and teams. Every team has all of x, and a
 // (b) and (c) of its own, by a named barrier with its own number.
-//   The inbox (2) and teams: a team without output rows reads slice_o but uses none of it. A team that has
+//   The inbox (2) and teams: a team without output rows reads peer_o but uses none of it. A team that has
 // output rows also has rows of q, k, v, and so it sends something after reading.
 //
 // Smallest: half warps. A row of pythia-14m has 128 columns, so 16 threads hold it, and a warp is two teams.

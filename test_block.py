@@ -308,7 +308,7 @@ SYNCS = {sync: (re.compile(wait), instead) for sync, wait, instead in (
     # the sync of the kernel's table; a pattern of its wait in the source; what stands there instead
     ("(0)", r"cluster_sync\(\)(?=;\s+// \(0\)\n)", "named_barrier(0, WORKERS + 32)"),  # the block meets alone
     ("(1)", r"wait\([^;]*SYNC_QKV\)", "false"),
-    ("(2)", r"wait\([^;]*SYNC_SLICE\)", "false"),
+    ("(2)", r"wait\([^;]*SYNC_ATTENTION\)", "false"),
     ("(3)", r"wait\([^;]*SYNC_SUMS\)", "false"),
     ("(4)", r"lacking\(words\[i\], wanted\)", "false"),
     ("(4) and its poll", r"unsigned lacking\([^{]*\{\s*return ([^;]*)", "0"),
@@ -348,7 +348,7 @@ def makers(simulated):
     """Three shapes of decoders, {name: (a function that makes one, what its launch computes)}."""
     def maker(config, short_ring, **tuning):
         k = kernel_constants(build.constants(config, cluster=2, **tuning))
-        two_tiles = k.FIXED_BYTES + 256 + 2 * k.HALF_TILES * (k.SLOT_BYTES + 2 * k.TILE_BIASES + 16)
+        two_tiles = k.FIXED_BYTES + 2 * k.HALF_TILES * (k.SLOT_BYTES + 2 * k.TILE_BIASES + 16)
         extra = {"SHARED_BYTES": two_tiles} if short_ring else {}  # so that copies come at the last moment
         return functools.partial(simulated, random_half(config, "cpu"), 3, cluster=2, extra=extra, **tuning)
     layers = cut("pythia-14m", n_layer=3, mlp=64, vocab=64, context=512)

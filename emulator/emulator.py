@@ -167,8 +167,8 @@ class Worker:
         self.grid, self.block, self.plan = grid, block, make_plan(k, block, grid.blocks, grid.position)
         self.ring = producer(k, block, grid.blocks, grid.position, *grid.range)
         self.qkv = np.full(3 * k.HS, np.nan)                                # (1) inbox
-        self.slice_o = np.full((k.K, k.OUT_ROWS), np.nan)                   # (2) inbox
-        self.slice_top_l = np.full((k.K, 2), np.nan)                        # (2) inbox
+        self.peer_o = np.full((k.K, k.OUT_ROWS), np.nan)                   # (2) inbox
+        self.peer_top_l = np.full((k.K, 2), np.nan)                        # (2) inbox
         self.sums = np.full((k.K * k.TEAMS, k.OWN), np.nan)                 # (3) inbox
 
     def peer(self, rank):
@@ -286,21 +286,21 @@ class Worker:
             m, l = top, l * shrink + e.sum(0)
             o = o * shrink[..., None] + (e[..., None] * values[t]).sum(0)
         of_warps = [merge(*of_lanes) for of_lanes in zip(m, l, o, strict=True)]
-        self.push_slice(*merge(*map(np.array, zip(*of_warps, strict=True))))  # (e)
+        self.push_attention(*merge(*map(np.array, zip(*of_warps, strict=True))))  # (e)
 
-    def push_slice(self, m, l, o):
+    def push_attention(self, m, l, o):
         """ClusterReduce, first half: o [HS] in slices to the ranks that own them, top and l to all."""
         for r in range(self.k.K):
-            self.peer(r).slice_o[self.plan.rank] = o[r * self.k.OUT_ROWS:(r + 1) * self.k.OUT_ROWS]
-            self.peer(r).slice_top_l[self.plan.rank] = m, l
+            self.peer(r).peer_o[self.plan.rank] = o[r * self.k.OUT_ROWS:(r + 1) * self.k.OUT_ROWS]
+            self.peer(r).peer_top_l[self.plan.rank] = m, l
 
     def out_rows(self):
         """S6, S7"""
-        _, l, o = merge(*self.slice_top_l.T, self.slice_o)
+        _, l, o = merge(*self.peer_top_l.T, self.peer_o)
         for i in range(0, self.k.OUT_ROWS, self.k.TILE_ROWS):
             n = min(self.k.TILE_ROWS, self.k.OUT_ROWS - i)
             self.axpy_tile(o[i:i + n] / l, n)
-        self.slice_o[:], self.slice_top_l[:] = np.nan, np.nan
+        self.peer_o[:], self.peer_top_l[:] = np.nan, np.nan
 
     def units(self, end):
         """S8: from the unit at which the block stopped before up to its `end`-th."""
