@@ -1,11 +1,12 @@
 // fused_block.cu: one CUDA kernel for all of Pythia's decode step, from the embedding to the next token.
 //
 // 0. One token, and what it costs =========================================================================
-// To write one more token, a language model reads all of its weights once. This file does all of that step in
-// one *kernel*, a function that all threads of a GPU run together. One call of the kernel is a *launch*; it
-// makes one token, or up to 8 in a row.
+// To write one more token, a language model reads all of its weights once. This file does that whole step in
+// one *kernel*, a function that all threads of a GPU run together. One call of the kernel is a *launch*. A
+// launch makes up to 8 tokens in a row. Before the first launch, PyTorch reads the prompt (model.py) and
+// leaves its keys and values in the cache.
 //
-// In PyTorch the step is these lines. S0 to S10 are the *stages* in which the kernel does the same.
+// In PyTorch the step is these lines. S0 to S10 are the *stages* in which the kernel computes the same.
 //
 //     x = embed_in[token]                                                          # S0     [C]
 //     for each layer:
@@ -30,29 +31,32 @@
 //     T        tokens in the cache, and so the position of the new token     128 in all examples
 //
 // A *layer* is what Pythia's paper calls a transformer block, hence the name of this file. From here on, a
-// block is something else: a group of threads (chapter 2). The text explains pythia-2.8b on an H200; chapter
-// 13 says what the other nine sizes do differently.
+// *block* is a group of threads (chapter 2). The text explains pythia-2.8b on an H200. Chapter 13 says what
+// is different in the other nine sizes.
 //
-// The budget. At batch 1 a weight is used once and then not again before the next token. So a layer takes at
-// least the time in which memory delivers its bytes:
+// The budget. With one text at a time, each weight is used once for each token. So a layer takes at least the
+// time in which memory delivers its bytes:
 //     (4*C*C + 2*C*MLP) weights of 2 bytes         157.3 MB / 4.65 TB/s =   33.8 us a layer
 //     keys and values of T tokens: 4*C*T bytes      1.31 MB / 4.65 TB/s =    0.3 us a layer
 //     L layers, and 2*V*C bytes of the LM head     5.333 GB / 4.65 TB/s = 1147   us a token: the floor
-// 4.65 TB/s is what this H200 delivers to a kernel that does nothing but read (another H200: 4.55). The
-// kernel below takes 1216 us for a token, 6 % above the floor. Arithmetic is cheap beside that: a kernel that
-// leaves out all sums across threads, and GELU, gives wrong results, but no faster: 1280 -> 1277 to 1281 us.
-// So one goal explains nearly everything in this file: memory must never sit idle.
+// This H200 delivers 4.65 TB/s to a kernel that does nothing but read, and a second H200 delivered 4.55. The
+// kernel below takes 1216 us for a token, 6 % above the floor.
+//
+// Arithmetic is not the limit. Without GELU and without sums across threads the kernel computes nonsense, but
+// it takes 1277 to 1281 us instead of 1280. So tensor cores, which make arithmetic faster, would gain
+// nothing. One goal explains nearly everything in this file: memory must never sit idle.
 //
 // How to read. Chapters 1 and 2 lead to chapter 3, the layer loop, which is the algorithm. Chapters 4 to 9
-// each take a problem that the loop leaves open. Chapter 10 divides the work, and chapter 11 tells one layer
-// in time. The rest is appendix. Every stage has a card: its math; who computes what; the bytes that a block
-// moves for it; its syncs. A *sync* is a point that a thread passes only after something that other threads
-// do has happened. Syncs have labels in brackets: (1) to (6) are the large ones, letters mark small ones
-// inside a block.
+// each solve one problem that the loop leaves open. Chapter 10 divides the work among the blocks, and chapter
+// 11 follows one layer through time. The rest is appendix.
 //
-// Numbers like "1271 -> 2380 us" are the times of a token of 2.8b before and after one change. They come from
-// results/attempts.md and README.md, where other sizes stand too. Compare the two numbers of a pair, not
-// pairs: their base versions differ.
+// A card stands above each stage. It has the *math*; *who* computes what; the *bytes* that a block moves; and
+// the *syncs*. A sync is a point where a thread waits for something that other threads do. Syncs between
+// blocks have numbers, (0) to (6). Syncs inside a block have letters, such as (a).
+//
+// Times are microseconds (us) for one token of 2.8b, unless a sentence says otherwise. Compare only the times
+// within one sentence, because sentences come from different versions and runs. The run of all ablations
+// (python bench.py --ablate), for example, measured 1204 us for the kernel that the record has with 1216.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -60,16 +64,17 @@
 
 // 1. Two loops ============================================================================================
 // All matrices of a layer can be stored as rows of C numbers. Rows of w_qkv and w_up are multiplied by x, so
-// they have this length anyway. w_out and w_down are stored transposed: one row for each element of o, and of
-// h. Then a layer has only two inner loops beside attention itself. In plain C++:
+// they have this length anyway. w_out and w_down are stored transposed: w_out has one row for each element of
+// o, and w_down has one for each element of h. Then a layer needs only two inner loops besides attention. In
+// plain C++, where half is a number in fp16:
 //
 //     float dot(const half* row, const float* x) {           // a row and x make one number
 //       float sum = 0;
 //       for (int c = 0; c < C; c++) sum += row[c] * x[c];
 //       return sum;
 //     }
-//     void axpy(float a, const half* row, float* y) {        // a number times a row is added to y
-//       for (int c = 0; c < C; c++) y[c] += a * row[c];
+//     void axpy(float factor, const half* row, float* y) {   // a number times a row is added to y
+//       for (int c = 0; c < C; c++) y[c] += factor * row[c];
 //     }
 //     void hidden_unit(int j) {                              // hidden unit j of the MLP: a row in, a row out
 //       const float h = gelu(dot(w_up + j * C, xn2) + b_up[j]);
@@ -77,8 +82,8 @@
 //     }
 //
 // A hidden unit needs nothing but x, and its only result is an addition to y. So the MLP is 10240 jobs that
-// can run anywhere, in any order. A head needs x, too, and also ends in additions to y, but it has steps in
-// between that wait for one another:
+// can run anywhere, in any order. A head also needs x and also ends in additions to y, but between them it
+// has a chain of steps:
 //
 //         .-> LN1 -> S2 dot rows of q, k, v -> S3 rotate -> S5 attend -> S6 merge -> S7 axpy output rows -.
 //         |                                       '-> S4 append k, v to the cache                         |
@@ -87,25 +92,26 @@
 //         '-> LN2 -> S8 hidden unit j: dot up row j, gelu, axpy down row j -------------------------------'
 //                                                                                  S9: x = x + y + biases
 //
-// At one point of a layer every thread depends on all others: the next x needs every part of y. This is (4),
-// the only sync of the GPU's blocks in a layer. Once a token there is another, (5), for the choice.
+// The next x needs every part of y. So once in a layer all blocks have to wait for one another, at sync (4).
+// Once in a token they also wait at (5), where they choose the next token together.
 
 // 2. Who owns what ========================================================================================
 // A GPU is many processors, 132 in an H200 (NVIDIA calls them multiprocessors). Each has 227 KiB of fast
-// memory of its own, called *shared memory* because the threads on this processor share it. All of them read
-// and write one large *global memory*, which holds the weights, the cache of keys and values, and x. CUDA
+// memory of its own, called *shared memory* because the threads on this processor share it. All processors
+// read and write one large *global memory*. It holds the weights, the cache of keys and values, and x. CUDA
 // groups threads like this:
 //
 //     thread    has its own variables, in registers
 //     warp      32 threads that run mostly in step
-//     block     352 threads here, 11 warps, on one processor, with its shared memory. 132 blocks, one each
+//     block     352 threads in this kernel, 11 warps. The kernel runs 132 blocks, one on each processor,
+//               because a block uses nearly all of the processor's shared memory
 //     cluster   2 neighbouring blocks, which can write into each other's shared memory. The number of a
 //               block in its cluster is its *rank*, 0 or 1
-//     grid      all of them: 66 clusters, 132 blocks
+//     grid      all threads of a launch: 66 clusters, 132 blocks
 //
-// Of the 352 threads of a block 320 are *workers*: they compute. One more is the *producer*: it does nothing
-// but start copies of the rows that its block will need, from global memory into a *ring* of slots in shared
-// memory (chapter 5). Its 31 neighbours in the last warp end at once.
+// 320 threads of a block are *workers*, which compute. One thread is the *producer*. It does nothing but
+// start copies of what its block will need, from global memory into a *ring* of slots in shared memory
+// (chapter 5). The other 31 threads of the producer's warp exit immediately.
 //
 //     what                                    is divided among        in shares of
 //     columns of every row, of x and of y     the workers of a block  8 columns, the same in all layers
@@ -114,75 +120,84 @@
 //       cached tokens of the head             ranks                   64 of 128
 //       output rows of the head               ranks                   40 of 80
 //     hidden units of a layer                 blocks                  34 or 35 for blocks with a head,
-//                                                                     117 to 119 for the others
+//                                                                     117 or 118 for the others
 //     columns of the sum of a cluster's y     ranks                   1280 of 2560
 //     rows of the LM head                     blocks                  381 or 382 of 50304
 //
 //     a row      |  columns 0..7  |  columns 8..15  |  columns 16..23  |  ...  |  columns 2552..2559  |
 //                |    thread 0    |    thread 1     |     thread 2     |  ...  |      thread 319      |
-//     dot        each thread multiplies its 8 columns by its 8 of x, and then 320 sums have to be added up
-//     axpy       each thread adds its 8 columns, times a, to its 8 of y: no thread needs another one
+//     dot        each thread multiplies its 8 columns of the row by its 8 of x; then 320 sums are added up
+//     axpy       each thread adds its 8 columns of the row, times the factor, to its 8 of y; no thread needs
+//                anything from another thread
 //
-// Eight columns of fp16 are 16 bytes, the widest load from shared memory. x and y stay in registers: a thread
-// has its 8 columns of them from the beginning of a layer to the end.
+// Eight columns of fp16 are 16 bytes, the widest load from shared memory. Each thread keeps its 8 columns of
+// x and of y in registers for the whole layer.
 //
-// Why does a head need two blocks? A layer has 4*C + 2*MLP = 30720 rows, a fair share of 233 for each of the
-// 132 blocks. A head alone has 4*HS = 320. One block with a whole head would be late, and all others would
-// wait for it at (4): clusters of 1 take 1542 us a token instead of 1204. With clusters of 2, a block has 160
-// rows of a head, and hidden units fill it up to its share. Clusters of 4 and 8 take 1203 and 1204 us, so
-// default_cluster in build.py chooses the smallest that fits.
+// Why does a head need two blocks? A layer has 4*C + 2*MLP = 30720 rows, so a fair share is 233 rows for each
+// of the 132 blocks. A head alone has 4*HS = 320. If one block did a whole head, it would be late, and all
+// other blocks would wait for it at (4). With clusters of 1 a token takes 1542 us; with clusters of 2, 1204.
+// In a cluster of 2 each block has 160 rows of the head, and hidden units fill its share. Larger clusters
+// gain nothing here, so default_cluster in build.py chooses the smallest in which a head's rows fit.
 
 // 3. The layer loop =======================================================================================
-// The loop below is one worker's. It needs a few sizes first; their values for 2.8b stand in brackets. Names
-// in capitals that this file does not define, such as HIDDEN, come from build.py, on nvcc's command line.
-// `__device__` marks functions that run on the GPU.
+// The loop below is what one worker does. A few sizes come first, with their values for 2.8b in brackets.
+// Names in capitals that this file does not define, such as HIDDEN, come from build.py, on the compiler's
+// command line. `__device__` marks functions that run on the GPU. In 2.8b a worker owns one piece of 8
+// columns, and all workers of a block are one team, so PIECES and TEAMS are 1. Chapter 13 has the sizes where
+// this is different; until then, read over both.
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 constexpr int C = HIDDEN, NH = HEADS, HS = HEAD_SIZE, ROT = ROTARY, V = VOCAB, L = LAYERS, CTX = CONTEXT;
 constexpr int K = CLUSTER;                      // blocks in a cluster [2]
-constexpr int PIECES = C < 4096 ? 1 : 2;        // pieces of 16 bytes of a row that a worker owns [1]
+constexpr int PIECES = C < 4096 ? 1 : 2;        // pieces of 8 columns that a worker owns [1]
 constexpr int COLS = 8 * PIECES;                // columns that a worker owns [8]
-constexpr int TEAM = C / COLS;                  // workers that hold one row between them: a team [320]
-constexpr int TEAMS = ceil_div(THREADS, TEAM);  // teams in a block; chapter 13 has shapes with more [1]
+constexpr int TEAM = C / COLS;                  // workers that hold one row together: a team [320]
+constexpr int TEAMS = ceil_div(THREADS, TEAM);  // teams in a block [1]
 constexpr int WORKERS = TEAM * TEAMS;           // threads of a block that compute [320]
 
 typedef float Columns[COLS];                    // registers: one worker's columns of x, y or a LayerNorm
-struct Norms { uint4 w1[PIECES], b1[PIECES], w2[PIECES], b2[PIECES]; };  // its LayerNorms' gains and biases
+// A worker's columns of the gains and biases of a layer's two LayerNorms.
+struct Norms { uint4 w1[PIECES], b1[PIECES], w2[PIECES], b2[PIECES]; };
 
-struct Share {  // some rows of a matrix that are one block's (chapter 10)
+struct Share {  // the rows of one matrix that one block gets; chapter 10 explains the fields
   int count, dealt, first_dealt, blocks, first_rest;
-  __device__ int at(int i) const;  // the row that is the block's i-th, for multiples i of a tile's rows
+  __device__ int at(int i) const;  // number of the block's i-th row, where a tile begins
 };
 
-struct Plan {  // the share of one block in the work on one token (chapter 10)
+struct Plan {  // what one block does for one token (chapter 10)
   int rank, cluster, clusters;
   Share units;                  // its hidden units, in every layer
-  int filler;                   // how many of them to do during each of the two waits for the cluster
+  int filler;                   // hidden units to compute before each of the waits (1) and (2)
   int first_token, last_token;  // its cached tokens, for every head: first_token .. last_token - 1
 };
 
-struct Ring {  // where a thread is in the ring of slots (chapter 5)
+struct Ring {  // the slot of the ring that a thread uses next (chapter 5)
   int slot = 0;
   uint32_t parity = 0;
   __device__ void advance();
 };
 
-struct Model;   // global memory: behind the loop
-struct Shared;  // a block's shared memory: behind the loop
+struct Model;   // what is in global memory: defined after the loop
+struct Shared;  // what is in a block's shared memory: defined after the loop
 
 struct Worker {
-  // Runs layers first_layer .. last_layer - 1 of `token` at `position`, chooses the next token, goes on with
-  // that one, and stops at position `end`. `steps` counts layers over all launches.
+  // Runs layers first_layer .. last_layer - 1 of `token` at `position`, and chooses the next token. Then the
+  // same with that token, until `position` is `end`. Tests pass new_tokens = 0, which leaves out the choice.
   //
-  // The shape is: for each token { for each layer {...} choose }. It is written as one loop, in which layer L
-  // is the choice, because the choice begins like a layer, with S0 and S1.
+  // In short: for each token { for each layer {...} choose }. The code has one loop for both. Its iteration
+  // `layer == L` is the choice, because the choice also begins with S0 and S1.
   //
-  // mark() is a stopwatch, tap() a probe for tests. The shipped kernel contains neither (chapter 18).
+  // Four names to know first; chapter 8 explains them. All of x is in global memory, in two buffers. A layer
+  // reads x from buffer x_now, and all clusters add their y to buffer x_next. Then both swap roles. `steps`
+  // counts layers over all launches, and its last bit says which buffer is x_now. Nothing clears x_next: for
+  // each pair of columns, one thread of the grid, the *carrier*, adds x minus what x_next still holds.
+  //
+  // mark() is a stopwatch, tap() a probe for tests. In the shipped kernel both compile to nothing.
   __device__ void run(const Plan& plan, int first_layer, int last_layer, int new_tokens,
                       int token, int position, int end, unsigned steps, const longlong2& carried_words) {
-    Columns x, xn1, xn2;                                            // this thread's columns, in registers
-    long long *x_now = buffer(steps), *x_next = buffer(steps + 1);  // all of x, in global memory: chapter 8
+    Columns x, xn1, xn2;  // this thread's columns, in registers
+    long long *x_now = buffer(steps), *x_next = buffer(steps + 1);
     begin(first_layer, carried_words);
 
     for (int layer = first_layer; position < end;) {
@@ -201,20 +216,20 @@ struct Worker {
         continue;
       }
 
-      // S9, first part. Add x itself and the biases to x_next: one thread of the grid for each column.
+      // S9, first part. In the carriers alone: add x - old and the output biases to x_next.
       carry(layer, token, x_next, steps);
 
       // S1. Apply the second one's gain and bias, for the hidden units.
       affine(x, norms.w2, norms.b2, xn2);
 
-      // Clear y. In it, this thread will collect what the block adds to its columns.
+      // Clear y, which collects what the block adds to this thread's columns.
       for (int i = 0; i < COLS; i++) {
         y[i] = 0;
         tap(TAP_XN1 + column(i), xn1[i]), tap(TAP_XN2 + column(i), xn2[i]);
       }
       mark(MARK_NORM, layer);
 
-      int done = 0;  // hidden units of this layer, so far
+      int done = 0;  // hidden units of this layer that are done; units() counts it up
       for (int h = plan.cluster; h < NH; h += plan.clusters) {  // this cluster's heads: one or none
         // S2. Compute this rank's rows of q, k, v. Send them to all ranks of the cluster.
         qkv_rows(xn1, h); mark(MARK_QKV, layer);
@@ -229,33 +244,34 @@ struct Worker {
         // S5. Attend to this rank's share of the tokens. Send the result to the other ranks.
         attend(); mark(MARK_ATTEND, layer);
 
-        // S8. Do some more hidden units while results are on their way. Then wait for the results: (2).
+        // S8. Do some more hidden units while the results are on their way. Then wait for all results: (2).
         units(xn2, done, min(done + plan.filler, plan.units.count));
         wait_for_attention(); mark(MARK_2, layer);
 
-        // S6, S7. Merge the results into o. Add this rank's output rows, each times its o, to y.
+        // S6. Merge the results of all ranks into o. S7. For each of this rank's dimensions d of the head,
+        // add o[d] times output row d to y.
         out_rows(h); mark(MARK_OUT, layer);
       }
 
       // S8. Do the hidden units that are left.
       units(xn2, done, plan.units.count); mark(MARK_UNITS, layer);
 
-      // S9, second part. Send y to the ranks that own its columns, and wait for theirs: (3). Add up the
-      // columns that this rank owns, and add the sums to x_next.
+      // S9, second part. Send each column of y to the rank that owns it. Wait for the other ranks' y: (3).
+      // Add up the columns that this rank owns, and add the sums to x_next.
       cluster_reduce(); mark(MARK_3, layer);
       add_to_residual(x_next);
 
-      // Start to load the gains and biases of the next layer. They do not depend on x.
+      // Start to load the gains and biases of the next layer, which do not depend on x.
       norms = load_norms(layer + 1); mark(MARK_ADDED, layer);
 
-      // Swap the buffers: x_next is the next layer's x, and the old x is what the next layer adds to.
+      // Swap the buffers. The next layer reads x_next, and adds to the buffer that this layer has read.
       long long* const x_last = x_now;
       x_now = x_next, x_next = x_last, own_next = own_now, steps++, layer++;
     }
     finish(x_next, token, position, steps);
   }
 
-  // Declarations, in the order of the chapters that explain them. There is nothing to read here yet.
+  // Declarations, in the order of the chapters that explain them. Go on to "What must change together".
   // 4. dot tile and axpy tile
   __device__ uint4 weights(int slot_row, int p) const;
   __device__ float dot_tile(const Columns& in, int n, int skip, bool has_bias);
@@ -306,52 +322,53 @@ struct Worker {
   __device__ void tap(int where, float value) const;
   __device__ void mark(Mark event, int layer) const;
 
-  // The columns of this thread: element i of its Columns is column(i) of x, here 8 * tid + i.
+  // Element i of a thread's Columns is column(i) of x. In 2.8b this is column 8 * tid + i.
   __device__ int column(int i) const { return (i / 8 * TEAM + team_thread) * 8 + i % 8; }
 
   const Model& m;                           // global memory
   Shared& s;                                // the block's shared memory
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
-  const int team = TEAMS == 1 ? 0 : tid / TEAM, team_thread = TEAMS == 1 ? tid : tid % TEAM;  // 0, tid
-  const int team_warp = team_thread / 32;   // the same as warp
-  const int row = lane % ROWS * TEAMS + team;  // which row of a tile ends in this lane: chapter 4
+  const int team = TEAMS == 1 ? 0 : tid / TEAM, team_thread = TEAMS == 1 ? tid : tid % TEAM;  // [0, tid]
+  const int team_warp = team_thread / 32;   // [warp]
+  const int row = lane % ROWS * TEAMS + team;  // row of a tile whose result this lane gets: chapter 4
   Ring ring;                                // chapter 5
-  int flip = 0;                             // chapter 4
-  uint32_t head_parity = 0, sums_parity = 0;  // of (1) and (2), and of (3): chapter 7
+  int flip = 0;                             // which of two arrays the next tile uses: chapter 4
+  uint32_t head_parity = 0, sums_parity = 0;  // parity of (1) and (2); parity of (3): chapter 7
   Columns y;                                // what the block adds to this thread's columns of x
-  const int carried = (gridDim.x - 1 - blockIdx.x) * WORKERS + tid;  // chapter 8
-  longlong2 own_now, own_next;              // chapter 8
+  const int carried = (gridDim.x - 1 - blockIdx.x) * WORKERS + tid;  // the pair that it carries: chapter 8
+  longlong2 own_now, own_next;              // the carrier's two words in x_now and in x_next: chapter 8
   Norms norms;                              // gains and biases of the LayerNorms that come next
   static constexpr int KEPT = ceil_div(V, MIN_BLOCKS * WORKERS);  // logits that a worker keeps: chapter 9
   float logits[KEPT], noise[KEPT];          // chapter 9
 };
 
-// What must change together when a stage is added? The loop above calls it. If it reads rows, the producer
-// has to copy these rows at the same point of the same order (chapter 5). If some blocks have more of it than
-// others, make_plan has to count its bytes (chapter 10). If it needs shared memory, FIXED_BYTES below has to
-// grow with Shared. New weights go into Layer below and into Block in model.py, at the same place.
-// emulator.py repeats all this in Python, and a tap lets the tests compare the stage with float64.
+// What must change together when a stage is added? The loop above calls the stage. If the stage reads rows,
+// the producer has to copy these rows at the same point of the order (chapter 5). If some blocks do more of
+// it than others, make_plan has to count its bytes (chapter 10). If it needs shared memory, FIXED_BYTES has
+// to grow with Shared. New weights go into Layer below and into Block in model.py, at the same place.
+// emulator.py repeats the stage in Python, and a tap lets the tests compare it with float64.
 
-// ---- Where things lie: sizes -----------------------------------------------------------------------------
-// A *tile* is 8 rows that are multiplied together (chapter 4). It takes two *slots* of the ring (chapter 5).
+// ---- Memory layout: sizes --------------------------------------------------------------------------------
+// The rest of this chapter is for reference: sizes, and what is in which memory. A *tile* is 8 rows that are
+// multiplied together (chapter 4). A tile fills two *slots* of the ring (chapter 5).
 
 constexpr int WARPS = WORKERS / 32;             // warps of workers [10]
-constexpr int LANES = TEAM < 32 ? TEAM : 32;    // lanes of a warp that belong to the same team [32]
+constexpr int LANES = TEAM < 32 ? TEAM : 32;    // threads of a warp that belong to one team [32]
 constexpr int TEAM_WARPS = TEAM / LANES;        // warps of a team [10]
 
 constexpr int TILE_ROWS = ROWS * TEAMS;         // rows of a tile, ROWS for each team [8]
 constexpr int HALF_TILES = 2;                   // slots that a tile takes
 constexpr int HALF_TILE_ROWS = TILE_ROWS / HALF_TILES;      // [4]
 constexpr int SLOT_BYTES = HALF_TILE_ROWS * C * 2;          // [20480]
-constexpr int TILE_BIASES = ceil_div(TILE_ROWS, 8) * 8 + 8; // room for its biases, see Producer::rows [16]
+constexpr int TILE_BIASES = ceil_div(TILE_ROWS, 8) * 8 + 8; // room for a tile's biases: Producer::rows [16]
 
-constexpr int QKV_ROWS = 3 * HS / K;            // a rank's rows of the q, k, v of a head [120]
-constexpr int OUT_ROWS = HS / K;                // a rank's output rows of a head: its dimensions of o [40]
-constexpr int OWN = C / K;                      // columns that a rank sums for its cluster [1280]
+constexpr int QKV_ROWS = 3 * HS / K;            // rows of a head's q, k, v that one rank computes [120]
+constexpr int OUT_ROWS = HS / K;                // output rows, and dimensions of o, that one rank has [40]
+constexpr int OWN = C / K;                      // columns of the cluster's y that one rank adds up [1280]
 
-// ---- Where things lie: global memory ---------------------------------------------------------------------
+// ---- Memory layout: global memory ------------------------------------------------------------------------
 
-struct Layer {  // weights in fp16, which no launch writes; every matrix is rows of C
+struct Layer {  // weights in fp16; no launch writes them. Every matrix is rows of C
   const half *ln1_w, *ln1_b, *ln2_w, *ln2_b;  // [C]
   const half *w_qkv, *b_qkv;                  // [NH][3][HS] rows, and as many biases
   const half *w_out, *b_out;                  // [NH][HS] rows, [C]
@@ -359,30 +376,30 @@ struct Layer {  // weights in fp16, which no launch writes; every matrix is rows
   const half *w_down, *b_down;                // [MLP] rows, [C]
 };
 
-struct alignas(16) Maxima { unsigned long long best, drawn; };  // of (5), chapter 9
-struct State {  // what a launch leaves to the next one
+struct alignas(16) Maxima { unsigned long long best, drawn; };  // two maxima over the grid: chapter 9
+struct State {  // what one launch passes to the next one
   int token;           // the token to be read next; -1 if the last logits were not finite
   int position;        // tokens in the cache
-  unsigned steps;      // layers that are done; if odd, x is in the second residual buffer
-  unsigned votes;      // how often the grid has voted: (5), chapter 9
-  unsigned counter;    // of (5): blocks that have voted
-  Maxima maxima[3];    // of (5): the vote now, the next one, and the last one
-  longlong2 tally[2];  // of (6), chapter 9
+  unsigned steps;      // layers computed so far; if odd, x is in the second buffer
+  unsigned votes;      // votes of the grid so far: chapter 9
+  unsigned counter;    // counts the blocks that have voted: chapter 9
+  Maxima maxima[3];    // of this vote, the next vote and the vote before: chapter 9
+  longlong2 tally[2];  // two sums over the grid, for top-k and top-p: chapter 9
 };
 
-struct Settings {  // of the sampler, written by the host: chapter 9
+struct Settings {  // how to draw tokens; the host writes it: chapter 9
   unsigned long long seed;
   double top_p;        // 1 keeps all tokens
   float temperature;   // 0 takes the likeliest token
   unsigned top_k;      // V keeps all tokens
 };
 
-struct Failure { int sync, block, layer, seen; };  // host memory: of a launch that gave up, chapter 16
+struct Failure { int sync, block, layer, seen; };  // in host memory, see chapter 16
 
 struct Model {  // the kernel's parameter: pointers only, the same in every launch
   Layer layers[L];
   const half *embed_in, *lnf_w, *lnf_b, *embed_out;  // [V] rows, [C], [C], [V] rows
-  const float *rope_cos, *rope_sin;                  // [CTX][ROT / 2], of the RoPE angles of each position
+  const float *rope_cos, *rope_sin;                  // [CTX][ROT / 2] of the RoPE angles of each position
   half* cache;                   // [L][2][NH][CTX][HS] keys and values
   long long* residual;           // [2][C] the two buffers of x (chapter 8)
   float* logits;                 // [V]
@@ -398,23 +415,26 @@ __device__ half* cache_row(const Model& m, int layer, int kv, int head, int toke
   return m.cache + (((size_t)(layer * 2 + kv) * NH + head) * CTX + token) * HS;
 }
 
-// ---- Where things lie: one block's shared memory, 232192 bytes -------------------------------------------
-// The ring gets what is left: 205 KB, 10 slots. FIXED_BYTES is at least the size of everything else: x, sums
-// and warp_o; 25 * HS bytes for qkv, peer_o, q, k_new, v_new and the RoPE angles; the other arrays with an
-// entry for each warp; and 512 bytes for all small things.
+// ---- Memory layout: one block's shared memory, 232192 bytes ----------------------------------------------
+// FIXED_BYTES is at least the size of everything but the ring. The ring gets the rest: 10 slots, 205 KB.
+//     4 * (C + TEAMS * C + WARPS * HS)      x; sums; warp_o
+//     25 * HS                               qkv, peer_o, q, k_new, v_new, and RoPE's angles
+//     WARP_BYTES                            warp_top, warp_l and warp_votes; warp_dots and warp_stats
+//     512                                   all small things
+// A slot needs room for its rows, its biases and two mbarriers of 8 bytes.
 constexpr int WARP_BYTES = 24 * WARPS + 8 * (ROWS + 1) * TEAMS * TEAM_WARPS;  // [960]
 constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS) + 25 * HS + WARP_BYTES + 512;
 constexpr int SLOTS = (SHARED_BYTES - FIXED_BYTES) / (SLOT_BYTES + 2 * TILE_BIASES + 16);  // [10]
 
-// Come back to this list when a chapter uses a name from it. Copies by the producer, and loads of 16 bytes at
-// once, need addresses that are multiples of 16.
+// Come back to this list when a chapter uses a name from it. Addresses have to be multiples of 16 where the
+// producer copies to, and where a thread loads 16 bytes at once.
 struct alignas(128) Shared {                        // bytes       chapter, and what
   half ring[SLOTS][HALF_TILE_ROWS * C];             // 10 x 20480  5  rows of weights; or keys and values
-  alignas(16) half bias[SLOTS][TILE_BIASES];        // 10 x 32     5  a tile's biases, beside its first slot
-  alignas(16) float sums[K * TEAMS][OWN];           // 10240       7  y from every rank, this rank's columns
+  alignas(16) half bias[SLOTS][TILE_BIASES];        // 10 x 32     5  biases of the tile that begins there
+  alignas(16) float sums[K * TEAMS][OWN];           // 10240       7  y of all ranks, this rank's columns
   alignas(16) float x[C];                           // 10240       8  x, read once for all threads
   float qkv[3 * HS];                                // 960         7  q, k, v of a head, from all ranks
-  float peer_o[K][OUT_ROWS], peer_top_l[K][2];    // 336         7  attention's results, from all ranks
+  float peer_o[K][OUT_ROWS], peer_top_l[K][2];      // 336         7  attention's results, from all ranks
   alignas(16) float q[HS];                          // 320         7  q, rotated and scaled
   alignas(16) half k_new[HS], v_new[HS];            // 320         7  the new token's k and v, as in the cache
   float warp_o[WARPS][HS], warp_top[WARPS],
@@ -422,17 +442,17 @@ struct alignas(128) Shared {                        // bytes       chapter, and 
   float warp_dots[2][TEAMS][ROWS][TEAM_WARPS];      // 640         4  a tile's dot products, from every warp
   float warp_stats[TEAMS][TEAM_WARPS][2];           // 80          6  LayerNorm's statistics, from every warp
   float rope_cos[ROT / 2], rope_sin[ROT / 2];       // 80          10 RoPE's angles at this position
-  ulonglong2 warp_votes[WARPS], agreed;             // 176         9  of every warp, and of the grid
-  longlong2 tally_before[2];                        // 32          9  State::tally, as the last (6) left it
+  ulonglong2 warp_votes[WARPS], agreed;             // 176         9  votes of every warp, and of the grid
+  longlong2 tally_before[2];                        // 32          9  State::tally after the tally before
   Settings settings;                                // 24          9
   float candidate;                                  // 4           9  the logit of the token in agreed
-  unsigned votes, tallies;                          // 8           9  how many there have been; thread 0's
+  unsigned votes, tallies;                          // 8           9  numbers so far; for thread 0 only
   Plan plan;                                        // 44          10
   Share rows;                                       // 20          10 the block's rows of the LM head
-  int layer;                                        // 4           16 the layer that a failure is reported in
+  int layer;                                        // 4           16 the layer that a failure report names
   uint64_t full[SLOTS], empty[SLOTS];               // 160         5  (F), (E)
-  uint64_t qkv_ready, attention_ready, sums_ready;      // 24          7  (1), (2), (3)
-  uint64_t token_ready, workers_done;               // 16          9  (h); 16
+  uint64_t qkv_ready, attention_ready, sums_ready;  // 24          7  (1), (2), (3)
+  uint64_t token_ready, workers_done;               // 16          9  (h); chapter 16: all workers are done
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory: FIXED_BYTES is wrong");
 
