@@ -137,7 +137,7 @@
 // of the 132 blocks. A head alone has 4*HS = 320. If one block did a whole head, it would be late, and all
 // other blocks would wait for it at (4). With clusters of 1 a token takes 1542 us; with clusters of 2, 1204.
 // In a cluster of 2 each block has 160 rows of the head, and hidden units fill its share. Larger clusters
-// gain nothing here, so default_cluster in build.py chooses the smallest in which a head's rows fit.
+// gain nothing here, so default_cluster in build.py chooses the smallest whose head rows fit a fair share.
 
 // 3. The layer loop =======================================================================================
 // The loop below is what one worker does. A few sizes come first, with their values for 2.8b in brackets.
@@ -457,23 +457,23 @@ struct alignas(128) Shared {                        // bytes       chapter, and 
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory: FIXED_BYTES is wrong");
 
 // 4. dot tile and axpy tile ===============================================================================
-// The problem. To add up the products of a row, all 320 threads have to be combined. Within a warp, a thread
-// can read a register of another one, which is called a *shuffle*. A thread's number in its warp is its
-// *lane*. To combine all 32 lanes takes a chain of 5 shuffles: from the lane 1 away, then 2, 4, 8 and 16
-// away, each waiting for the one before. Then the 10 warps exchange their sums through shared memory, with a
-// sync. Done for every single row, this *reduction* would take longer than memory needs to deliver the row.
+// The problem. A dot product has parts in all 320 threads, and these parts have to be added up. Within a
+// warp, one thread can read a register of another thread, which is called a *shuffle*. A thread's number in
+// its warp is its *lane*. Adding up 32 lanes takes 5 shuffles, one after another: with the lane at distance
+// 1, then 2, 4, 8 and 16. Then the 10 warps exchange their sums through shared memory, which takes a sync.
+// For each row on its own, this *reduction* would take longer than memory needs to deliver the row.
 //
-// The answer. Combine 8 rows at once, a *tile*. All workers first multiply their columns of 8 rows, and keep
-// 8 sums in registers. Then one reduction serves all 8 rows. With 2 rows a tile, a token takes 1984 us; with
-// 4, 1236; with 8, 1204. With 16, shared memory holds only two tiles at a time: 1272 -> 2132 us.
+// The answer. A *tile* of 8 rows shares one reduction. All workers first multiply their columns of 8 rows,
+// and keep 8 sums in registers. Then they reduce all 8 sums together. With tiles of 2 rows a token takes 1984
+// us, with 4 rows 1236, with 8 rows 1204. Tiles of 16 rows are too large, because only two of them fit into
+// the ring: a token takes 2132 us instead of 1272.
 //
-// This chapter takes it for granted that the next tile is in shared memory. In 2.8b, TEAMS and PIECES are 1,
-// so `team` is 0, and a loop over p runs once.
+// This chapter assumes that the next tile is already in shared memory.
 
-// half is fp16. A uint4 is any 16 bytes, here 8 halfs; a half2 is two.
+// CUDA's types: half is a number in fp16, half2 is two of them, and uint4 is any 16 bytes, here 8 halfs.
 __device__ const uint4& as16(const half* p) { return *reinterpret_cast<const uint4*>(p); }
 __device__ float2 widen2(const half* h) { return __half22float2(*reinterpret_cast<const half2*>(h)); }
-// 8 numbers in fp16 to fp32. Weights, k and v are fp16, but all products and sums are fp32.
+// Converts 8 numbers from fp16 to fp32. Weights, k and v are fp16, but all products and sums are fp32.
 __device__ void widen(const uint4& w, float* f) {
   const half* halfs = reinterpret_cast<const half*>(&w);
   for (int i = 0; i < 4; i++) {
@@ -493,17 +493,18 @@ __device__ void axpy8(float a, const uint4& w, float* y) {
   for (int i = 0; i < 8; i++) y[i] = fmaf(a, f[i], y[i]);
 }
 
-// Adds up 8 sums over the 32 lanes of a warp. If every lane kept all 8 sums through all 5 steps, this would
-// take 40 shuffles. But two lanes that exchange sums can share the rows between them. With 2 rows, lane 0 has
-// a0 for row 0 and b0 for row 1, and lane 1 has a1 and b1:
-//     lane 0 gives b0, gets a1, and has a0 + a1: row 0
-//     lane 1 gives a0, gets b1, and has b0 + b1: row 1
-// With 8 rows, a lane gives 4 of its sums to the lane 4 away, then 2 to the lane 2 away, then 1 to its
-// neighbour. Now it has a single row, summed over 8 lanes. Two more shuffles add the lanes 8 and 16 away.
-// This takes 4 + 2 + 1 + 2 = 9 shuffles, and lane l ends with row l % 8.
+// Adds up 8 sums over the 32 lanes of a warp. If every lane kept all 8 sums in all 5 steps, this would take
+// 40 shuffles. Instead, two lanes swap half of their sums in each step. Each adds what it gets to the half
+// that it keeps, so the number of sums halves: 8, 4, 2, 1. The last of these steps, in lanes 0 and 1, with
+// sums a0 and a1 of one row, b0 and b1 of another:
+//     lane 0 gives b0, gets a1, and keeps a0 + a1
+//     lane 1 gives a0, gets b1, and keeps b0 + b1
+// After three steps, with lanes at distance 4, 2 and 1, a lane has a single row, summed over 8 lanes. Two
+// more shuffles add the lanes at distance 8 and 16. This takes 4 + 2 + 1 + 2 = 9 shuffles, and lane l ends
+// with row l % 8.
 //
-// __shfl_xor_sync(~0u, v, n) returns the v of the lane whose number is this lane's xor n. `#pragma unroll`
-// writes a loop out, so that the elements of its array can be registers.
+// __shfl_xor_sync(~0u, v, n) returns the v of the lane whose number is this lane's number xor n. `#pragma
+// unroll` unrolls the loop. Only then can the compiler keep v[] in registers.
 __device__ float reduce_rows(float (&v)[ROWS], int lane) {
   for (int apart = ROWS / 2; apart >= 1; apart /= 2) {
     const bool upper = lane & apart;  // the upper lane of two keeps the upper half of the rows
@@ -515,33 +516,35 @@ __device__ float reduce_rows(float (&v)[ROWS], int lane) {
   return v[0];
 }
 
-// Waits until `threads` threads of the block have called it with the same id. CUDA's own __syncthreads would
-// also wait for the producer, which must not stop.
+// A barrier: waits until `threads` threads of the block have called it with the same id. CUDA's own
+// __syncthreads would also wait for the producer, which must not stop.
 __device__ void named_barrier(int id, int threads);
 __device__ void workers_sync() { named_barrier(1, WORKERS); }
 __device__ void team_sync(int team) { named_barrier(TEAMS == 1 ? 1 : 2 + team, TEAM); }
 
-// Piece p of this thread's columns of a row in the current slot.
+// This thread's columns (their piece p) of one row in the current slot.
 __device__ uint4 Worker::weights(int slot_row, int p) const {
   return as16(&s.ring[ring.slot][slot_row * C + column(8 * p)]);
 }
 
-// DOT TILE. Returns the dot product of `in` with one row of the next tile, plus its bias.
-//   math    row r . in + bias[r], for the n rows of the tile; `in` is a vector, of which each thread has 8
-//           columns
-//   who     all workers multiply; afterwards, lane l of every warp has the result of row l % 8
+// DOT TILE. Multiplies the rows of the next tile by the vector `in`.
+//   math    dot(row r, in) + bias[r], for the n rows of the tile
+//   who     every worker multiplies its 8 columns; then lane l of every warp gets the result of row l % 8
+//   bytes   n * C * 2 from shared memory, 41 KB for 8 rows
 //   syncs   (F) (E) for each half of the tile, see chapter 5; (c) once
-// The tile arrives in two slots, a half tile in each. So the first slot can be filled again while this
-// function reads the second one: 1276 -> 1272 us, and 480 -> 464 us for pythia-1b.
+// A tile arrives in two slots, so the producer can fill the first slot again while this function reads the
+// second one. With the whole tile as one unit, a token takes 1276 us instead of 1272.
 //
-// (c) makes every warp wait until all 10 warps have left their sums in shared memory. The next tile will
-// overwrite these sums, and one might expect a second sync before that. Instead, two arrays alternate,
-// warp_dots[0] and warp_dots[1]. A warp that writes to the same array again, two tiles later, has passed (c)
-// of the tile in between. Every warp has arrived there, and had read the array before.
+// At (c) every warp waits until all 10 warps have written their sums to shared memory. No second sync
+// protects these sums from the next tile, because two arrays alternate, warp_dots[0] and warp_dots[1]:
+//   1. Tile 1 writes array 0. All warps pass (c), and then read array 0.
+//   2. Tile 2 writes array 1. A warp arrives at its (c) only after the warp has read array 0.
+//   3. Tile 3 writes array 0 again, after (c) of tile 2. So all warps have read it.
 //
-// A last tile may have only n < 8 rows. The loop multiplies 8 all the same, some of them old bytes. A branch
-// for every row would cost more than the row, because loads could no longer start together. Nothing uses the
-// results of rows from n on. Biases begin `skip` places into what was copied, see Producer::rows.
+// The last tile may have only n < 8 rows. The loop still multiplies whole half tiles, with old bytes in place
+// of missing rows, and nothing uses their results. A test for each row would cost more, because the compiler
+// could no longer issue the loads of all rows first. `skip` is the place where the tile's biases begin, see
+// Producer::rows.
 __device__ float Worker::dot_tile(const Columns& in, int n, int skip, bool has_bias) {
   float dots[ROWS] = {}, bias = 0;
   for (int half_tile = 0; half_tile < HALF_TILES; half_tile++) {
@@ -571,13 +574,15 @@ __device__ float Worker::dot_tile(const Columns& in, int n, int skip, bool has_b
   return sum + bias;
 }
 
-// AXPY TILE. Adds the rows of the next tile, each times its number, to y.
-//   math    y += a_r * row r, for the n rows of the tile
-//   who     every worker, for its own columns of y; lane l brings the a of row l % 8
-//   syncs   (F) (E) for each half tile. Nothing crosses threads but a, by a shuffle within the warp
-// dot_tile leaves its results in just these lanes, so the two fit together. __shfl_sync(~0u, a, r) is lane
-// r's a. Rows from n on get a = 0. That is not enough: old bytes may be NaN, and 0 * NaN is NaN. So the
-// thread reads a row that exists in their place.
+// AXPY TILE. Adds the rows of the next tile, each times its factor, to y.
+//   math    y += factor[r] * row r, for the n rows of the tile
+//   who     every worker, for its own columns of y
+//   bytes   n * C * 2 from shared memory, 41 KB for 8 rows
+//   syncs   (F) (E) for each half tile
+// Lane l holds the factor of row l % 8 in its argument `a`. dot_tile leaves its results in just these lanes.
+// A shuffle, __shfl_sync(~0u, a, r), returns lane r's factor. Missing rows, from n on, get the factor 0. That
+// is not enough, because old bytes may be NaN, and 0 * NaN is NaN. So for a missing row the thread reads row
+// 0 of the half tile.
 __device__ void Worker::axpy_tile(float a, int n) {
   if (row >= n) a = 0;
 #pragma unroll
@@ -595,40 +600,48 @@ __device__ void Worker::axpy_tile(float a, int n) {
 }
 
 // 5. The ring =============================================================================================
-// The problem. Of 4.65 TB/s, a processor's fair share is 35.2 KB in each us. Memory answers a request only
-// after a while, so it is busy only if many requests are on their way at any time. If workers loaded weights
-// themselves, everything on its way would need registers, and no loads would start while workers wait at (4).
+// The problem. Memory answers a request only after some time, so many requests have to be on their way at any
+// moment. A processor's share of 4.65 TB/s is 35.2 KB in each us. So for every us that an answer takes, 35.2
+// KB have to be on their way. If workers loaded weights themselves, these bytes would need 28 registers of
+// each worker. And no loads would start while workers wait at (4).
 //
-// The answer. One thread, the producer, starts *bulk copies* from global into shared memory: one instruction
-// copies 20 KB, and hardware does the rest. Their target is a *ring* of 10 slots of 20 KB. The producer fills
-// slots 0, 1, ... 9, 0, 1, ..., and the workers empty them in the same order. Weights do not depend on x, so
-// the producer waits for nothing but an empty slot. While workers wait at (4), it goes on with the rows of
-// the next layer; during (5), with those of the next token.
+// The answer. One thread, the producer, starts *bulk copies* from global into shared memory. One instruction
+// copies up to 20 KB, and hardware does the rest. The copies go to a *ring* of 10 slots of 20 KB. The
+// producer fills slots 0, 1, ... 9, 0, 1, ..., and the workers empty them in the same order. Weights do not
+// depend on x, so the producer runs ahead as long as there is an empty slot. (Two other waits are rare or
+// short: it waits for keys of the token before at (h), and it keeps a pace, chapter 15.) While workers wait
+// at (4), the producer copies rows of the next layer. While workers wait at (5), it copies rows for the next
+// token.
 //
-// What this gains. The ring holds 205 KB, 5.8 us of reading. Memory does not notice a wait that is shorter.
-// Rings with 1, 2, 3 slots less: 1252 -> 1262, 1274, 1286 us. Copies of 1 KB, not 20: 1271 -> 2380 us.
+// What this gains. The ring holds 205 KB, which is 5.8 us of reading, so shorter waits do not interrupt the
+// reading. With 9, 8 and 7 slots a token takes 1262, 1274 and 1286 us instead of 1252. With copies of 1 KB it
+// takes 2380 us instead of 1271.
 //
-// Each slot needs two syncs: (F), it is full, so workers may read it; and (E), it is empty, so the producer
-// may fill it. Without (F), workers would multiply bytes that are not there yet; without (E), bytes of a
-// later tile. Both are *mbarriers*, variables in shared memory that threads can wait for:
-//   1. An mbarrier counts in phases 0, 1, 2, ... A phase completes when as many arrivals have come as
-//      barrier_init said, and all announced bytes have landed. Then the next phase begins.
-//   2. barrier_arrive is an arrival. barrier_expect is an arrival that also announces bytes. The bytes of a
-//      bulk copy count themselves as they land.
-//   3. The parity of a phase is its number modulo 2. barrier_open(b, parity) asks: is the phase with this
-//      parity still open? A waiting thread keeps the parity that it waits for, and flips it after each wait.
-//   4. One bit is enough, as long as no phase can complete before all waiting threads have seen the last one.
-// When a thread has seen that a phase is complete, it also sees the data that the phase was about.
+// Each slot needs two syncs:
+//   (F) the slot is full, so workers may read it. Without (F), they would multiply bytes of an earlier tile
+//   (E) the slot is empty, so the producer may fill it. Without (E), it would overwrite rows still in use
+// Both are *mbarriers*, variables in shared memory on which threads can wait:
+//   1. An mbarrier counts phases 0, 1, 2, ... A phase is complete after the number of arrivals that was given
+//      to barrier_init, and after all announced bytes have landed. Then the next phase begins.
+//   2. barrier_arrive is an arrival. barrier_expect is an arrival that also announces bytes. The hardware
+//      counts the bytes of a bulk copy when they land.
+//   3. A phase is named by its *parity*, its number modulo 2. barrier_open(b, parity) says whether the phase
+//      with this parity is still open. After each wait, a thread flips the parity that it waits for.
+//   4. One bit is enough if no phase can complete before all threads have seen that the phase before it is
+//      complete.
+//   5. A thread that has seen a phase complete can read all that was written before the phase's arrivals, and
+//      all bytes that were announced.
 //
 // full[slot] needs 1 arrival, the producer's, and the bytes of its copies. empty[slot] needs 10 arrivals, one
-// of each warp of workers. Rule 4 holds, because a slot is filled again only after all warps have emptied it.
+// from each warp of workers. Rule 4 holds, because the producer fills a slot again only after all warps have
+// emptied it.
 
 __device__ void barrier_init(uint64_t* b, int arrivals);
 __device__ void barrier_arrive(uint64_t* b);
 __device__ void barrier_expect(uint64_t* b, uint32_t bytes);
-__device__ bool barrier_open(uint64_t* b, uint32_t parity, bool by_peers = false);  // peers: see chapter 7
+__device__ bool barrier_open(uint64_t* b, uint32_t parity, bool by_peers = false);  // peers: chapter 7
 
-__device__ void Ring::advance() {  // `parity` is that of the round: 0, then 1, then 0 again
+__device__ void Ring::advance() {  // parity is 0 in the first trip around the ring, 1 in the second, 0 again
   if (++slot == SLOTS) { slot = 0; parity ^= 1; }
 }
 
@@ -642,41 +655,42 @@ __device__ void Worker::release() {
   ring.advance();
 }
 
-// Other waits for a peer or for the producer have a limit, PATIENCE. When it has passed, something is wrong,
-// and the launch ends with an error instead of hanging (chapter 16). (F) has none, because it is too
-// frequent to look at a clock each time: 1254 -> 1249 us.
+// Waits for other blocks and the producer's waits have a limit, PATIENCE. After it, something is wrong, and
+// the launch ends with an error instead of hanging (chapter 16). (F) has no limit, because looking at a clock
+// in each of these many waits costs 5 us: a token takes 1254 us instead of 1249.
 constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
-enum SyncId {  // in Failure::sync
+enum SyncId {  // numbers of syncs in Failure::sync; (F) is 6, and (6) is SYNC_TALLY
   SYNC_QKV = 1, SYNC_ATTENTION, SYNC_SUMS, SYNC_X, SYNC_VOTE, SYNC_FULL, SYNC_EMPTY, SYNC_TOKEN, SYNC_TALLY
 };
 __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t parity, SyncId sync);
 __device__ void give_up(Failure* failure, int sync, int layer, int seen);  // reports, and ends the launch
 
 constexpr int KV_TOKENS = SLOT_BYTES / (4 * HS);  // cached tokens in a slot: half k, half v [64]
-constexpr int CLOCK_NS = 32;                 // how often the clock of all blocks, global_ns, advances
+constexpr int CLOCK_NS = 32;                 // step of global_ns, the clock that all blocks share
 __device__ unsigned long long global_ns();
-__device__ uint64_t read_once_policy();      // for the copied bytes: chapter 17
+__device__ uint64_t read_once_policy();      // a hint to the cache for copied bytes: chapter 17
 __device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint64_t policy);
-__device__ void order_copies();              // later copies see all that this thread has seen
+__device__ void order_copies();              // orders later copies after this thread's earlier loads
 
-// RULE. A slot has no label. The order alone says what is in it: the producer has to copy exactly the tiles
-// that Worker::run uses, in the same order. So layers() below mirrors run(), line by line.
+// RULE. A slot has no label that says what is in it. The order alone does: the producer has to copy exactly
+// the tiles that Worker::run uses, in the same order. So layers() below has the same loops as run().
 //
-// What if the two disagree? If the order differs, workers multiply wrong rows, and the results are wrong.
-// Nothing in the kernel notices, but the tests do, which compare every stage with float64. If the number of
-// tiles differs, one side waits for a slot in vain. After some seconds the launch then ends with an error
-// about (F) or (E).
+// What if the two disagree? If the order differs, workers multiply wrong rows. Nothing in the kernel notices
+// this, but the tests do, which compare every stage with float64. If the number of tiles differs, workers or
+// the producer wait for a slot in vain, and after some seconds the launch ends with an error about (F) or
+// (E).
 struct Producer {  // one thread of each block
   const Model& m;
   Shared& s;
   const uint64_t policy = read_once_policy();
   Ring ring;
   uint32_t token_parity = 0;             // of (h)
-  unsigned long long earliest_ns = 0;    // the time before which no copy may start
+  unsigned long long earliest_ns = 0;    // no copy may start before this time
 
-  // Waits until the next slot is empty, then until it is time for the copy (chapter 15), and announces its
-  // bytes. In the first round all slots are empty. There the wait is for parity 1, and for a new mbarrier
-  // this counts as complete.
+  // Waits until the next slot is empty. Then waits until it is time for the copy (PACE is bytes a ns for the
+  // whole grid, chapter 15). Then announces the copy's bytes. In the first trip around the ring all slots are
+  // empty, and the wait has to pass. It does: it waits for parity 1, while a new mbarrier is in phase 0.
+  // Parity 1 then means the phase before phase 0, which counts as complete.
   __device__ void claim(uint32_t bytes) {
     wait(m, s, &s.empty[ring.slot], ring.parity ^ 1, SYNC_EMPTY);  // (E)
     unsigned long long now;
@@ -688,9 +702,9 @@ struct Producer {  // one thread of each block
     bulk_copy(to, from, bytes, &s.full[ring.slot], policy);
   }
 
-  // Rows first .. last - 1 of a matrix, with biases if there are any. The biases of a tile come with its
-  // first slot. A copy has to start at a multiple of 16 bytes, which is 8 biases. So it may begin up to 7
-  // biases early, and the workers skip these.
+  // Copies rows first .. last - 1 of a matrix, and their biases if there are any. The biases of a tile come
+  // with its first slot. A copy has to start at a multiple of 16 bytes, which is 8 biases. So the copy of the
+  // biases begins up to 7 biases early, and the workers skip these.
   __device__ void rows(const half* matrix, const half* bias, int first, int last) {
     for (int row = first; row < last; row += TILE_ROWS) {
       const int n = min(TILE_ROWS, last - row), skip = row % 8;
@@ -705,7 +719,7 @@ struct Producer {  // one thread of each block
     }
   }
 
-  // Hidden units: a tile of up rows, then the same tile of down rows.
+  // Copies hidden units: a tile of up rows, then the down rows of the same units, and so on.
   __device__ void units(const Layer& w, const Share& share, int& done, int end) {
     for (; done < end; done += TILE_ROWS) {
       const int unit = share.at(done), last = unit + min(TILE_ROWS, end - done);
@@ -714,8 +728,8 @@ struct Producer {  // one thread of each block
     }
   }
 
-  // Keys and values of cached tokens first .. last - 1, 64 tokens a slot. The new token is not among them:
-  // its k and v are not in the cache yet, and S5 takes them from shared memory.
+  // Copies keys and values of cached tokens first .. last - 1, 64 tokens a slot. The new token is not among
+  // them, because its k and v are not in the cache yet. S5 takes these from shared memory.
   __device__ void cached_tokens(const half* k, const half* v, int first, int last) {
     for (int t = first; t < last; t += KV_TOKENS) {
       const int bytes = min(KV_TOKENS, last - t) * HS * 2;
@@ -726,8 +740,8 @@ struct Producer {  // one thread of each block
     }
   }
 
-  // All layers of one token. `plan` is an argument because the producer may already be at the next token, for
-  // which the cache holds one token more.
+  // Copies all that the layers of one token need. The producer has a plan of its own, because it may already
+  // be at the next token, when the workers' plan is still for this one.
   __device__ void layers(const Plan& plan, int first_layer, int last_layer, bool is_first_token) {
     for (int layer = first_layer; layer < last_layer; layer++) {
       const Layer& w = m.layers[layer];
@@ -737,9 +751,9 @@ struct Producer {  // one thread of each block
         rows(w.w_qkv, w.b_qkv, qkv, qkv + QKV_ROWS);                      // S2
         units(w, plan.units, done, min(done + plan.filler, plan.units.count));  // S8
 
-        // Cached tokens are the only data here that the last token has changed. So before it copies the first
-        // ones of a token, the producer waits until the token before is finished: (h). Then it runs ahead
-        // again.
+        // Of all that is copied, only cached keys and values depend on the tokens before. So before the first
+        // of these copies for a new token, the producer waits until the workers have finished the token
+        // before: (h). Then it runs ahead again.
         if (!is_first_token && layer == 0 && h == plan.cluster) {
           wait(m, s, &s.token_ready, token_parity, SYNC_TOKEN);           // (h)
           token_parity ^= 1;
@@ -758,12 +772,12 @@ struct Producer {  // one thread of each block
 
 // 6. LayerNorm and hidden units: the MLP is complete ======================================================
 
-// Loads 16 bytes that no launch writes, at this point of the program. The compiler would move a plain load
-// down to its first use, behind the sync that the load should overlap.
+// Loads 16 bytes that no launch writes. The compiler cannot move this load. It would move a plain load down
+// to its first use, after the next sync, but the load should run during that sync.
 __device__ uint4 load16(const half* p);
 
-// Gains and biases of a layer's two LayerNorms, this thread's columns. Layer L is the final LayerNorm. The
-// loop calls this before the wait for x, so that the 20 KB of a block arrive during the wait.
+// Loads this thread's columns of the gains and biases of a layer's two LayerNorms. Layer L stands for the
+// final LayerNorm. The loop calls this function before the wait for x, so that the loads run during the wait.
 __device__ Norms Worker::load_norms(int layer) const {
   const Layer& w = m.layers[min(layer, L - 1)];
   Norms n;
@@ -779,16 +793,18 @@ __device__ Norms Worker::load_norms(int layer) const {
 
 // S1 LAYERNORM
 //   math    x <- (x - mean) / sqrt(variance + eps); then xn1 = x * w1 + b1 and xn2 = x * w2 + b2
-//   who     every block, for itself. If one block did it for all, a second sync of the grid would follow
+//   who     every block, for itself. If one block did it for all, all blocks would have to wait once more
 //   bytes   8 * C, 20 KB
 //   syncs   (b) makes every warp wait for the statistics of all warps
 //
 // The usual formula for the variance, E[x^2] - E[x]^2, subtracts two large numbers if the mean is large. So a
-// thread first takes the mean of its 8 values, and then adds up the squared distances to this mean. Two
-// groups of n values, with a mean and such a sum each, merge exactly (Chan, Golub, LeVeque 1979):
-//     mean = (mean_a + mean_b) / 2,   squares = squares_a + squares_b + (mean_a - mean_b)^2 * n / 2
-// Groups merge lane by lane within a warp; then every thread merges the 10 warps. After (b), warp_stats is
-// not written again before (g) of the next layer, when all have read it.
+// thread first computes the mean of its 8 values, and then adds up the squared distances to this mean. Two
+// groups a and b of n values each can be merged exactly (Chan, Golub, LeVeque 1979):
+//     mean    = (mean_a + mean_b) / 2
+//     squares = squares_a + squares_b + (mean_a - mean_b)^2 * n / 2
+// First the lanes of a warp are merged, in pairs. Then every thread merges the results of the 10 warps, which
+// are in warp_stats. No sync is needed before the next layer writes warp_stats again, because all workers
+// meet in at least one more sync in between.
 constexpr float LN_EPS = 1e-5f;
 
 __device__ void Worker::normalize(Columns& x) const {
@@ -798,7 +814,7 @@ __device__ void Worker::normalize(Columns& x) const {
   mean /= n;
   for (int i = 0; i < COLS; i++) squares += (x[i] - mean) * (x[i] - mean);
 
-  // Merge with the lane 1 away, then 2, 4, 8 and 16 away.
+  // Merge with the lane at distance 1, then 2, 4, 8 and 16.
   for (int apart = 1; apart < LANES; apart *= 2) {
     const float other = __shfl_xor_sync(~0u, mean, apart);
     squares += __shfl_xor_sync(~0u, squares, apart) + (other - mean) * (other - mean) * (0.5f * n);
@@ -829,13 +845,14 @@ __device__ void Worker::affine(const Columns& x, const uint4* gain, const uint4*
 }
 
 // S8 HIDDEN UNITS
-//   math    h_j = gelu(up row j . xn2 + b_j), y += h_j * down row j
-//   who     a block, for its units. No other block needs h_j
+//   math    h_j = gelu(dot(up row j, xn2) + b_j), y += h_j * down row j
+//   who     each block, for its own units. No other block needs h_j
 //   bytes   4 * C for a unit, 10 KB
 //   syncs   (F) (E) for each half tile; (c) for each tile
-// Units need nothing but x. So they are also the work that fills a wait: the loop does some of them while q,
-// k and v, or o, are on their way. Pythia is trained with gelu(a) = a / 2 * (1 + erf(a / sqrt 2)). The
-// approximation by tanh, which is common elsewhere, differs from it by up to 5e-4.
+// Units need nothing but x, so they also fill waits: the layer loop does some of them while q, k and v are on
+// their way to the other rank, and some more during the exchange of attention's results. Pythia is trained
+// with gelu(a) = a / 2 * (1 + erf(a / sqrt 2)). The approximation by tanh, common in other models, is wrong
+// by up to 5e-4.
 __device__ void Worker::units(const Columns& xn2, int& done, int end) {
   for (; done < end; done += TILE_ROWS) {
     const int unit = s.plan.units.at(done), n = min(TILE_ROWS, end - done);
