@@ -864,38 +864,42 @@ __device__ void Worker::units(const Columns& xn2, int& done, int end) {
 }
 
 // 7. A head on a cluster ==================================================================================
-// The problem. Two blocks share a head. Each computes 120 of the 240 rows of q, k, v, but both need all of q
-// for attention. Each attends to half of the tokens, but o needs both halves. And in the end both have a y,
-// although x needs their sum. So the cluster exchanges data three times in a layer.
+// The problem. The two blocks of a cluster share a head. Each computes 120 of the 240 rows of q, k and v, but
+// both need all of q for attention. Each attends to half of the tokens, but o needs both halves. At the end
+// each has a y, and x needs the sum of both. So the cluster exchanges data three times in a layer.
 //
-// The answer is a *push*: a store into another block's shared memory, which a cluster allows. As it lands, it
-// counts its bytes on an mbarrier of the receiving block. The sender does not wait. The receiver waits on its
-// own mbarrier for the number of bytes that it expects. (To read from the other block would cost a round
-// trip. After a plain store, each block would have to wait for the other one at a barrier.)
+// The answer is a *push*: a store into the shared memory of another block of the cluster. When the data
+// lands, the hardware counts its bytes on an mbarrier of the receiving block. The sender goes on at once. The
+// receiver waits on its own mbarrier until all expected bytes have landed. Without pushes, a block would read
+// from the other block, which takes a round trip, or both would have to wait for each other after a store.
 //
-//     sync  inbox                 what is pushed                     to which rank           without the sync
-//     (1)   qkv                   a rank's 120 rows of q, k, v       all                     stale q, k or v
-//     (2)   peer_o, peer_top_l  attention over a rank's 64 tokens  owner of the dimension  tokens are lost
-//     (3)   sums                  a rank's y                         owner of the column     x lacks peers' y
+// An *inbox* is an array into which blocks push. Each rank also pushes to its own inboxes, so that all parts
+// are handled alike. *Peers* are the blocks of one cluster.
 //
-// An *inbox* is an array that pushes go to; a rank pushes to its own inboxes, too. *Peers* are the blocks of
-// one cluster. The first exchange is called ClusterGather, because every rank gets everything. The other two
-// are ClusterReduce: a rank gets what it owns from all ranks, and adds it up. (The names are those of the
-// ClusterFusion paper, arXiv 2508.18850.)
+//     sync  inbox                what each rank pushes             to which rank           without the sync
+//     (1)   qkv                  its 120 rows of q, k, v           all                     stale q, k or v
+//     (2)   peer_o, peer_top_l   attention over its 64 tokens      owner of the dimension  tokens are lost
+//     (3)   sums                 its y                             owner of the column     x lacks peers' y
 //
-// An inbox has no signal that says it is free. It needs none. Before a peer overwrites an inbox, it has
-// waited for a later message from the inbox's block, and that block sends this message only after it has read
-// the inbox. For example, a peer pushes q, k and v again only in the next layer. By then it has passed (2),
-// for which it needed this block's attention results. And this block pushed those after (d), when all its
-// threads had read q, k and v. Chapter 12 tells this again with times, and for the other inboxes.
+// The first exchange is a ClusterGather: every rank gets all parts. The other two are ClusterReduces: each
+// rank gets all parts of what it owns, and adds them up. (These names are from the ClusterFusion paper, arXiv
+// 2508.18850.)
+//
+// An inbox needs no signal that says it is free, because the exchanges come in a fixed order. For qkv, for
+// example:
+//   1. Every thread of this block reads q, k and v, and arrives at (d).
+//   2. After (d), this block pushes its attention results to the peer.
+//   3. The peer waits for these results at (2).
+//   4. Later, in the next layer, the peer pushes into this block's qkv again.
+// Chapter 12 has the other inboxes, and an example with times.
 
 // The address of `place` in the shared memory of another rank. A plain pointer means the block's own memory.
 __device__ uint32_t peer(const void* place, int rank);
 __device__ void push(uint32_t to, float v, uint32_t barrier);
 __device__ void push4(uint32_t to, const float* v, uint32_t barrier);  // 16 bytes at once
 
-// CLUSTERGATHER of one value per lane. Lanes l, l + 8, l + 16 and l + 24 hold the same row after a dot tile,
-// and so does every warp. Warp 0 alone pushes, and of these 4 lanes each takes other ranks.
+// CLUSTERGATHER of the results of one dot tile. Every warp has all of them, four times: lanes l, l + 8, l +
+// 16 and l + 24 have the same row. Only warp 0 pushes. Its lane l pushes to rank 0, lane l + 8 to rank 1.
 __device__ void Worker::cluster_gather(float* place, float value, bool valid, uint64_t* ready) const {
   if (!valid || team_warp > 0) return;
   for (int r = lane % LANES / ROWS; r < K; r += LANES / ROWS)
@@ -903,11 +907,12 @@ __device__ void Worker::cluster_gather(float* place, float value, bool valid, ui
 }
 
 // S2 QKV
-//   math    q, k, v of head h = its 3*HS rows . xn1 + biases
-//   who     rank r has rows r * QKV_ROWS and on
+//   math    q, k, v of head h = its 3*HS rows times xn1, plus biases
+//   who     rank r computes QKV_ROWS rows, from row r * QKV_ROWS on
 //   bytes   3 * HS * C * 2 / K, 614 KB
 //   syncs   (F) (E) for each half tile; (c) for each tile; (1) later, after some hidden units
-// Every tile is pushed as soon as it is finished. So at (1) only the last tile may still be on its way.
+// The results of a tile are pushed before the next tile begins. So at (1) only the last pushes may still be
+// on their way.
 __device__ void Worker::qkv_rows(const Columns& xn1, int h) {
   // Expect q, k and v from all ranks: 960 bytes.
   if (tid == 0) barrier_expect(&s.qkv_ready, sizeof(s.qkv));  // (1)
@@ -927,12 +932,11 @@ __device__ void Worker::wait_for_qkv() const {
 
 // S3 ROPE, S4 APPEND
 //   math    (a, b) <- (a cos - b sin, b cos + a sin) for dimensions i and i + ROT/2 of q and k, i < ROT/2
-//   who     a thread for each of the 3*HS values, in every rank; the last rank writes k and v to the cache
+//   who     one thread for each of the 3*HS values, in every rank; the last rank writes k and v to the cache
 //   bytes   4 * HS to the cache
-//   syncs   (d) makes all warps wait until q, k and v are rotated, and means that qkv has been read
-// Every rank rotates for itself, because a result from another rank would need one more sync. k and v are
-// rounded to fp16 before S5 uses them: later tokens will see them in the cache like this, so this one does
-// too.
+//   syncs   (d) makes all warps wait until q is rotated and k and v are stored; qkv is then no longer read
+// Every rank rotates for itself, because results from another rank would need one more sync. S5 uses k and v
+// as they are in the cache, rounded to fp16. So this token sees the same k and v as all later tokens.
 __device__ void Worker::rotate_and_append(int layer, int h, int position) const {
   for (int i = tid; i < 3 * HS; i += WORKERS) {
     const int which = i / HS, d = i % HS;  // q, k or v; the dimension
@@ -959,21 +963,22 @@ __device__ void Worker::rotate_and_append(int layer, int h, int position) const 
   workers_sync();  // (d)
 }
 
-// S5 ATTEND. Its softmax takes tokens a few at a time ("online softmax") and works with powers of 2:
-//   1. A set of tokens with scores s_t has three results: top = max s_t, l = sum of 2^(s_t - top), and
-//      o = sum of 2^(s_t - top) * v_t. The attention output of the set is o / l.
-//   2. Two sets merge: take the larger top, multiply each set's l and o by 2^(its top - larger top), add.
-//   3. 2^s is one instruction. It equals e^s where q has been multiplied by log2(e) before, which S3 does.
+// S5 ATTEND. The softmax takes tokens a few at a time ("online softmax") and works with powers of 2:
+//   1. A set of tokens with scores score_t has three results: top = max score_t, the sum l of
+//      2^(score_t - top), and the sum o of 2^(score_t - top) * v_t. The attention output of the set is o / l.
+//   2. To merge two sets, take the larger top. Multiply each set's l and o by 2^(its top - larger top). Then
+//      add both l and both o.
+//   3. The GPU computes 2^x in one instruction, but not e^x. So S3 has multiplied q by log2(e).
 //
-//   math    s_t = q . k_t; then top, l, o of this rank's tokens
-//   who     rank r has tokens first_token .. last_token - 1. In a warp, 16 lanes share a token, with 8
-//           dimensions each; a head has 80, so only 10 of these lanes have any. The last rank also takes the
-//           new token, because no rank has fewer cached ones
-//   bytes   4 * HS * T / K, 20 KB; with T = 2048, 328 KB, 9.3 us
-//   syncs   (F) (E) for each slot; (e) makes the last step wait for the results of all warps; (2) later
-// Sets merge three times: those of lanes here, those of warps in push_attention, those of ranks in S6.
-constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // for a token [16]
-constexpr int WARP_TOKENS = 32 / TOKEN_LANES;     // tokens that a warp has at once [2]
+//   math    score_t = dot(q, k_t); then top, l, o of this rank's tokens
+//   who     rank r: tokens first_token .. last_token - 1. The last rank also takes the new token, because no
+//           rank has fewer cached tokens. In a warp, 16 lanes share a token. Of these, 10 have 8 of the 80
+//           dimensions each, and 6 have none
+//   bytes   4 * HS * T / K, 20 KB; with T = 2048, 328 KB, which takes 9.3 us
+//   syncs   (F) (E) for each slot; (e) makes push_attention wait for the results of all warps; (2) later
+// Sets are merged three times: those of lanes here, those of warps in push_attention, those of ranks in S6.
+constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // lanes for a token [16]
+constexpr int WARP_TOKENS = 32 / TOKEN_LANES;     // tokens that a warp takes at once [2]
 
 __device__ void Worker::attend() {
   // Expect results from all ranks.
@@ -982,7 +987,7 @@ __device__ void Worker::attend() {
   // This lane has dimensions d .. d + 7, of tokens group, group + 2, ... of its warp.
   const int d = lane % TOKEN_LANES * 8, group = lane / TOKEN_LANES;
   const bool has_d = d < HS;
-  float q[8], o[8] = {}, top = -1e30f, l = 0;  // of no token yet
+  float q[8], o[8] = {}, top = -1e30f, l = 0;  // results of the empty set
   for (int i = 0; i < 8; i++) q[i] = has_d ? s.q[d + i] : 0.f;
 
   // The last warp of the last rank starts with the new token.
@@ -1004,8 +1009,9 @@ __device__ void Worker::attend() {
     const half *k = s.ring[ring.slot] + d, *v = k + KV_TOKENS * HS;
     const int base = warp * WARP_TOKENS + group;
 
-    // Compute the scores of up to 4 tokens, and the largest. Two loops, so that all loads start together:
-    // 1369 -> 1341 us at T = 2000.
+    // Compute the scores of up to 4 tokens, and the largest of them. The loads have a loop of their own, so
+    // that none waits for a shuffle. With one loop for both, a token takes 1369 us instead of 1341 at T =
+    // 2000.
     float score[BATCH], higher = top;
     for (int u = 0; u < BATCH; u++) {
       const int t = base + u * STRIDE;
@@ -1017,13 +1023,13 @@ __device__ void Worker::attend() {
       if (base + u * STRIDE < n) higher = fmaxf(higher, score[u]);
     }
 
-    // Shrink what is there, and add these tokens.
+    // Merge: shrink the results so far to the new top, and add these tokens.
     const float shrink = exp2f(top - higher);
     top = higher; l *= shrink;
     for (int i = 0; i < 8; i++) o[i] *= shrink;
     for (int u = 0; u < BATCH; u++) {
       const int t = base + u * STRIDE;
-      if (t < n) {  // beyond are old bytes, perhaps NaN
+      if (t < n) {  // later rows hold old bytes, perhaps NaN
         const float e = exp2f(score[u] - top);
         l += e;
         if (has_d) axpy8(e, as16(v + t * HS), o);
@@ -1032,7 +1038,7 @@ __device__ void Worker::attend() {
     release();  // (E)
   }
 
-  // Merge the lanes that hold the same dimensions of other tokens.
+  // Merge lanes that hold the same dimensions, but of different tokens.
   for (int apart = TOKEN_LANES; apart < 32; apart *= 2) {
     const float higher = fmaxf(top, __shfl_xor_sync(~0u, top, apart)), shrink = exp2f(top - higher);
     top = higher;
@@ -1048,8 +1054,8 @@ __device__ void Worker::attend() {
   if (tid < HS) push_attention();
 }
 
-// CLUSTERREDUCE of o, first half. Thread d merges o[d] of the 10 warps, and pushes it to the rank that owns
-// dimension d. top and l go to all ranks.
+// CLUSTERREDUCE of o, first half: pushes. Thread d merges o[d] of the 10 warps, and pushes it to the rank
+// that owns dimension d. The block's top and l go to all ranks.
 __device__ void Worker::push_attention() const {
   float top = s.warp_top[0], l = 0, o = 0;
   for (int from = 1; from < WARPS; from++) top = fmaxf(top, s.warp_top[from]);
@@ -1071,13 +1077,12 @@ __device__ void Worker::wait_for_attention() {
   head_parity ^= 1;
 }
 
-// S6 MERGE, S7 OUT ROWS
+// S6 MERGE, S7 OUT ROWS. The second half of the CLUSTERREDUCE of o, and output rows
 //   math    o = sum_r 2^(top_r - top) o_r / sum_r 2^(top_r - top) l_r; then y += o[d] * output row d
-//   who     rank r has dimensions r * OUT_ROWS and on; every warp merges the ones that it needs for itself
+//   who     rank r: OUT_ROWS dimensions, from r * OUT_ROWS on. Every warp merges all o that the rank needs
 //   bytes   HS * C * 2 / K, 205 KB
 //   syncs   (F) (E) for each half tile
-// Results are added in the order of ranks, not in that of their arrival. So the bits are the same in every
-// run.
+// Results are added in the order of ranks, whichever arrives first. So the bits are the same in every run.
 __device__ void Worker::out_rows(int h) {
   // The weight of each rank, and the common denominator.
   float top = s.peer_top_l[0][0], weight[K], l = 0;
@@ -1087,7 +1092,7 @@ __device__ void Worker::out_rows(int h) {
     l = fmaf(weight[r], s.peer_top_l[r][1], l);
   }
 
-  // For each tile: the o of this lane's row, then all rows times their o.
+  // For each tile, merge o for this lane's row. Then add all rows of the tile, each times its o, to y.
   for (int i = 0; i < OUT_ROWS; i += TILE_ROWS) {
     const int n = min(TILE_ROWS, OUT_ROWS - i);
     float o = 0;
@@ -1105,8 +1110,9 @@ __device__ void Worker::out_rows(int h) {
 //   who     every thread pushes its 8 columns to the rank that owns them
 //   bytes   4 * C, 10 KB to the shared memories of the cluster
 //   syncs   (3)
-// Why does the cluster add up first? Additions to one address queue up, so the fewer the better:
-// without this step, 1300 -> 1338 us. Pushes of 16 bytes instead of 4: 1221 -> 1202 us.
+// Why does the cluster add up first? All clusters add to the same words of x. Additions to one word queue up,
+// so fewer additions are better. Without this step a token takes 1338 us instead of 1300. With pushes of 4
+// bytes, and not 16, it takes 1221 us instead of 1202.
 __device__ void Worker::cluster_reduce() {
   if (tid == 0) barrier_expect(&s.sums_ready, sizeof(s.sums));  // (3)
   for (int p = 0; p < PIECES; p++) {
@@ -1120,94 +1126,97 @@ __device__ void Worker::cluster_reduce() {
 }
 
 // 8. x between layers =====================================================================================
-// The problem. 66 clusters add their sums to x, and then all 132 blocks read x. The usual way has three
-// costs:
-//   - Floating-point sums are rounded at every step, so their last bits depend on the order of additions.
-//     Clusters finish in any order, and the same prompt could give another text in another run.
-//   - A counter says when all blocks have added. But a block may count itself only when its own additions
-//     have arrived. While memory is busy, waiting for that takes about 1 us.
-//   - The buffer has to be zero before the next layer's additions, and all blocks have to wait for that.
+// The problem. 66 clusters add their sums to x, and then all 132 blocks read x. The usual way is to add
+// floating-point numbers in a cleared buffer, and to count in a separate counter the blocks that are done.
+// This has three costs:
+//   - Every floating-point addition rounds, so the last bits of a sum depend on the order of additions. This
+//     order changes from run to run, and so the same prompt could give another text.
+//   - A block may increment the counter only after its additions have arrived. While memory is busy, waiting
+//     for their arrival takes about 1 us.
+//   - The buffer has to be cleared before the next layer's additions, and all blocks have to wait for that.
 //
 // The answer to all three is a 64-bit *word* for each column of x. It holds a value and a count:
 //
-//     bits 63 .. 9    the value, an integer that counts 2^-22. Sums of integers do not depend on the order
-//     bits 8 .. 0     the count of additions that the word has had
+//     bits 63 .. 9    the value, an integer in units of 2^-22. Sums of integers do not depend on the order
+//     bits 8 .. 0     the count of additions to this word
 //
-// Behind all processors, in front of global memory, is a cache, *L2*, and it can add. One such atomic
-// addition changes the value and adds 1 to the count at the same moment. When the count says that every
-// cluster has added, the word is *complete*. So each word carries its own counter, and a reader simply reads
-// a word again if its count is too small. No block has to say that it has finished, and none waits for its
-// own additions to arrive: 1233 -> 1203 us.
+// All processors reach global memory through one cache, L2. L2 can add: a processor sends it an address and a
+// number, and goes on. Such an addition is *atomic*, so it changes value and count in one step. When the
+// count shows that every cluster has added, the word is *complete*. A reader that finds a smaller count reads
+// the word again. No block waits for its own additions, and no counter is needed. With a separate counter, a
+// token takes 1233 us instead of 1203.
 //
-// CUDA has three strengths of such accesses:
-//   relaxed   the access is atomic, in L2, where all blocks see it. It says nothing about other data
-//   release   an addition that becomes visible only after everything that its thread did before, and that
-//             other threads of the block did before a sync with this thread
-//   acquire   a load. If it sees what a release has added, it also sees everything before that release
-// At (4) the data is its own flag: the count of a word proves that its value is complete. So relaxed is
-// enough. At (5) the flag, a counter, is separate from the data, so (5) needs a release and an acquire.
+// How strong does an access have to be? CUDA has three kinds:
+//   relaxed   the access is atomic, in L2. It says nothing about other data
+//   release   an addition. It becomes visible after all earlier writes of its thread, and after all writes of
+//             other threads that came before a block sync with this thread
+//   acquire   a load. If it sees the result of a release, then later loads see all writes before that release
+// At (4) relaxed is enough, because the data is its own flag: the count in a word proves that the word's
+// value is complete. At (5) the flag is a counter, separate from the data, so (5) needs a release and an
+// acquire.
 
-__device__ longlong2 load_relaxed(const long long* p);     // two words
-__device__ void add_relaxed(long long* p, long long v);    // the thread does not wait for the addition
+__device__ longlong2 load_relaxed(const long long* p);     // loads two words
+__device__ void add_relaxed(long long* p, long long v);    // does not wait for the addition
 
-// An addition has to be below 65536. A larger one, an infinity or a NaN makes the word NaN (chapter 14).
-//
-// Is x below 65536 in real checkpoints? In PyTorch's fp16 arithmetic x overflows at 65504, so a checkpoint
-// that works in fp16 stays below both. How close real ones come was not measured. Beyond the limit, nothing
-// goes wrong silently: x becomes NaN, and so do the logits; the token is -1, and the host ends the text with
-// an error. (A sum over one cluster, which fp16 arithmetic never forms, has the same limit and the same end.)
+// A number that is added has to be below 65536 in magnitude. If it is larger, infinite or NaN, the word
+// becomes NaN (chapter 14). Then x and the logits become NaN, the token is -1, and the host ends the text
+// with an error. Does this happen with real checkpoints? PyTorch's fp16 arithmetic overflows at 65504, so in
+// a checkpoint that works in fp16, x stays below 65536. How close real checkpoints come was not measured.
 constexpr float FIXED_ONE = 1 << 22, FIXED_LIMIT = 1 << 16;
 constexpr long long FIXED_NAN = 1ll << 47, FIXED_EDGE = 1ll << 46;
-constexpr int COUNT_BITS = 9, LAP = 256, MOST_CLUSTERS = 254;  // why 254: chapter 14
+constexpr int COUNT_BITS = 9, LAP = 256, MOST_CLUSTERS = 254;  // chapter 14 explains 254
 
-__device__ long long to_word(float v) {  // what an addition of v adds to a word
+__device__ long long to_word(float v) {  // what to add to a word, so that its value grows by v
   return (fabsf(v) < FIXED_LIMIT ? __float2ll_rn(v * FIXED_ONE) : FIXED_NAN) * (1 << COUNT_BITS) + 1;
 }
 __device__ float from_word(long long word) {
   const long long value = word >> COUNT_BITS;
   const bool fits = value > -FIXED_EDGE && value < FIXED_EDGE;
-  return fits ? __ll2float_rn(value) * (1 / FIXED_ONE) : __int_as_float(0x7fffffff);  // the latter is NaN
+  return fits ? __ll2float_rn(value) * (1 / FIXED_ONE) : __int_as_float(0x7fffffff);  // else NaN
 }
-// How many additions two words lack until they have the count that is wanted; 0 if both are complete. If they
-// lack different numbers, the result is some number other than 0.
+// Returns 0 if both words have the wanted count, and another number if not. If both words lack the same
+// number of additions, it is this number.
 __device__ unsigned lacking(const longlong2& words, unsigned wanted) {
   return ((wanted - (unsigned)words.x) | (wanted - (unsigned)words.y)) % (1 << COUNT_BITS);
 }
 
-// Which thread sets x to zero? None does. There are two buffers, and they alternate:
+// Which thread clears a buffer? None does. There are two buffers, and they alternate:
 //
-//                    buffer 0                        buffer 1
-//     layer l        x, is read                      an old x, is added to
-//     layer l + 1    an old x, is added to           x, is read
+//                    buffer 0                             buffer 1
+//     layer l        holds x, which blocks read           holds an older x; blocks add to it
+//     layer l + 1    holds an older x; blocks add to it   holds x, which blocks read
 //
-// One thread of the grid for each column is the *carrier* of its word. It adds x - old, where old is what the
-// buffer still holds. The old value cancels, in whatever order the additions come. For example, the buffer
-// holds 5, x is 8, and two clusters add 1 and 2:
+// For each column, one thread of the grid is the *carrier* of the word. It adds x - old, where old is the
+// value that the buffer still holds. The old value cancels, in whatever order the additions arrive. For
+// example, the buffer holds 5, x is 8, and two clusters add 1 and 2:
 //     5 + (8 - 5) + 1 + 2  =  11  =  8 + 1 + 2
 //
-// The same subtraction takes the old count away. The new count starts at 0 in one use of a buffer and at 256
-// (LAP) in the next, so that an old word cannot look complete. In the example, a word gets 3 additions, one
-// of them the carrier's. If the old count is 3, the word is complete at 256 + 3 = 259:
+// The carrier replaces the old count in the same way. Here a word gets 3 additions, so its old count is 3. If
+// the new count also had to be 3, the old word would look complete. So the carrier starts the new count at
+// 256 (LAP), and the next time this buffer is used, at 0 again. The word is complete at 256 + 3 = 259:
 //                           value   count
-//     as it was             5       3
-//     a cluster adds 1      6       4       without the carrier, the count can only be 3, 4 or 5
-//     the carrier adds      9       258     8 - 5 to the value; 1, and 256 - 3, to the count
+//     old word              5       3
+//     a cluster adds 1      6       4       before the carrier, the count is 3, 4 or 5
+//     the carrier adds      9       258     value + 8 - 5; count + 1 for this addition, + 256, - 3
 //     a cluster adds 2      11      259     complete
 //
-// Can a fast block add to a buffer that a slow block still reads? No. Before it adds, it has passed a (4) for
-// which every block had added something, and each block did that after reading (chapter 12).
+// Can a fast block add to a buffer that a slow block still reads? No, because of this order:
+//   1. In layer l, the slow block reads buffer 0. Then it adds to buffer 1.
+//   2. Buffer 1 is complete only after all blocks have added to it, including the slow block. This is (4).
+//   3. In layer l + 1, the fast block passes this (4), and only then adds to buffer 0.
 __device__ int first_count(unsigned steps) { return steps / 2 % 2 * LAP; }  // of the x after `steps` layers
 
 __device__ long long* Worker::buffer(unsigned steps) const { return m.residual + steps % 2 * C; }
 
 // S9 SUM, the carrier's part
 //   math    x_next += x + output biases - old
-//   who     one thread for each pair of columns, from the last block backwards. In small models the last
-//           blocks have no head, and so they have time
+//   who     one thread for each pair of columns, in the last blocks of the grid. In small models these blocks
+//           have no head, and would otherwise wait
+//   bytes   8 * C for the whole grid, 20 KB to L2
 //   syncs   none
-// own_now and own_next are the carrier's two words in both buffers. It has read both: own_now in this layer,
-// own_next a layer ago, when the other buffer was x. In layer 0, x is the token's embedding. The differences
-// are unsigned, because they may wrap around.
+// The carrier knows both of its words. It has read own_now, the words of x, in this layer. It has read
+// own_next, the old words of x_next, one layer earlier, when that buffer was x. In layer 0, x is the token's
+// embedding. Differences are computed unsigned, because they may wrap around.
 __device__ void Worker::carry(int layer, int token, long long* x_next, unsigned steps) const {
   const int c = 2 * carried;
   if (c >= C) return;
@@ -1222,11 +1231,11 @@ __device__ void Worker::carry(int layer, int token, long long* x_next, unsigned 
 
 // S9 SUM, second half
 //   math    x_next += sum_r sums[r]
-//   who     rank r adds the columns r * OWN and on; thread i takes i, i + 320, i + 640, i + 960 of them
+//   who     rank r adds the OWN columns from r * OWN on; thread i takes every 320th of them, from the i-th on
 //   bytes   8 * C for a cluster, 20 KB to L2
-//   syncs   after (3)
-// These sums are still fp32, so they are taken in the order of ranks. A warp's 32 additions are 256 bytes
-// side by side, which L2 takes as two requests.
+//   syncs   none; cluster_reduce has passed (3)
+// The sums of the ranks are still fp32, so they are added in the order of ranks. The 32 additions of a warp
+// are 256 bytes side by side, which L2 takes as two requests.
 __device__ void Worker::add_to_residual(long long* x_next) const {
   for (int c = tid; c < OWN; c += WORKERS) {
     float sum = 0;
@@ -1238,10 +1247,11 @@ __device__ void Worker::add_to_residual(long long* x_next) const {
 
 // S0 READ X
 //   math    x = the values of all words, once they are complete; in layer 0, a row of embed_in
-//   who     each thread reads 4 pairs of columns for its block, and then takes its own 8 from shared memory
+//   who     each thread reads 4 pairs of columns and puts them into shared memory. Then it takes its own 8
 //   bytes   8 * C, 20 KB from L2
-//   syncs   (4); (g) all threads wait for the one that polls; (a) they wait for each other's columns
-// All blocks read the same x, so each word comes to a block once, not once for each thread that needs it.
+//   syncs   (4) each thread waits until its 4 pairs are complete; (g) before that, the block waits for thread
+//           0, which polls; (a) makes all threads wait until all columns are in shared memory
+// A block reads each word only once, and not once for every thread that needs it.
 constexpr int PAIRS = ceil_div(C / 2, WORKERS);  // [4]
 
 __device__ void Worker::read_x(int layer, int token, const long long* x_now, unsigned steps, Columns& x) {
@@ -1255,11 +1265,11 @@ __device__ void Worker::read_x(int layer, int token, const long long* x_now, uns
   }
 }
 
-// If all threads read x again and again until it is complete, they slow down the additions that they wait
-// for: 1202 -> 1257 us. So thread 0 alone polls, and only one pair of words. It takes the last pair of its
-// rank's columns, which clusters add last. These columns get their additions from blocks of the same rank, so
-// each block that fails to add is missed by the blocks of its rank. Without (g), every thread would poll:
-// right, but slow.
+// If all threads read x again and again, they slow down the additions that they wait for: a token takes 1257
+// us instead of 1202. So at first only thread 0 polls, and only one pair of words. This is the last pair of
+// its rank's columns, which clusters add last. Only blocks of the same rank add to these columns. So if a
+// block hangs, all blocks of its rank notice and report it. Without (g) the results would be the same, but
+// all threads would poll.
 __device__ void Worker::wait_for_x(const long long* x_now, unsigned wanted) const {
   if (tid == 0) {
     const long long start = clock64();
@@ -1269,20 +1279,19 @@ __device__ void Worker::wait_for_x(const long long* x_now, unsigned wanted) cons
   workers_sync();  // (g)
 }
 
-// That pair is complete, so the others probably are, too. Every thread checks the pairs that it reads, and
-// reads them again until all are complete.
+// When the polled pair is complete, most other pairs are, too. Every thread still checks the 4 pairs that it
+// reads, and reads them again until all are complete.
 __device__ void Worker::read_residual(const long long* x_now, unsigned wanted, Columns& x) {
   longlong2 words[PAIRS];
   for (unsigned lack = 1; lack;) {
     lack = 0;
-    for (int i = 0; i < PAIRS; i++)  // starts all loads before it uses the first: one trip to L2 instead of 4
+    for (int i = 0; i < PAIRS; i++)  // issues all loads first, so that they overlap
       if (tid + i * WORKERS < C / 2) words[i] = load_relaxed(x_now + 2 * (tid + i * WORKERS));
     for (int i = 0; i < PAIRS; i++)
       if (tid + i * WORKERS < C / 2) lack |= lacking(words[i], wanted);  // (4)
   }
 
-  // Keep the words that this thread carries. Put all values into shared memory, and take this thread's
-  // columns.
+  // Keep the words that this thread carries. Put all values into shared memory. Take this thread's columns.
   for (int i = 0; i < PAIRS; i++) {
     const int pair = tid + i * WORKERS;
     if (pair == carried) own_now = words[i];
@@ -1293,8 +1302,8 @@ __device__ void Worker::read_residual(const long long* x_now, unsigned wanted, C
   for (int i = 0; i < COLS; i++) x[i] = s.x[column(i)];
 }
 
-// The token is -1 after logits that were not finite. Then row 0 stands in, so that the launch can make its
-// other tokens. The host ends the text at the -1.
+// A token of -1 means that the logits were not finite. The launch then goes on with row 0 of embed_in, and
+// the host ends the text at the -1.
 __device__ const half* Worker::embedding(int token) const {
   return m.embed_in + (size_t)min(max(token, 0), V - 1) * C;
 }
