@@ -135,16 +135,17 @@
 //
 // Why does a head need two blocks? A layer has 4*C + 2*MLP = 30720 rows, so a fair share is 233 rows for each
 // of the 132 blocks. A head alone has 4*HS = 320. If one block did a whole head, it would be late, and all
-// other blocks would wait for it at (4). With clusters of 1 a token takes 1542 us; with clusters of 2, 1204.
-// In a cluster of 2 each block has 160 rows of the head, and hidden units fill its share. Larger clusters
-// gain nothing here, so default_cluster in build.py chooses the smallest whose head rows fit a fair share.
+// other blocks would wait for it at (4). With clusters of 1 a token takes 1542 us, with clusters of 2 it
+// takes
+// 1204. In a cluster of 2 each block has 160 rows of the head, and hidden units fill the rest of its share.
+// Larger clusters gain nothing here. So default_cluster in build.py chooses the smallest cluster in which a
+// block's part of a head is no more than its fair share.
 
 // 3. The layer loop =======================================================================================
 // The loop below is what one worker does. A few sizes come first, with their values for 2.8b in brackets.
 // Names in capitals that this file does not define, such as HIDDEN, come from build.py, on the compiler's
 // command line. `__device__` marks functions that run on the GPU. In 2.8b a worker owns one piece of 8
-// columns, and all workers of a block are one team, so PIECES and TEAMS are 1. Chapter 13 has the sizes where
-// this is different; until then, read over both.
+// columns, and all workers of a block are one team, so PIECES and TEAMS are 1. Ignore both until chapter 13.
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -461,7 +462,7 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory
 // warp, one thread can read a register of another thread, which is called a *shuffle*. A thread's number in
 // its warp is its *lane*. Adding up 32 lanes takes 5 shuffles, one after another: with the lane at distance
 // 1, then 2, 4, 8 and 16. Then the 10 warps exchange their sums through shared memory, which takes a sync.
-// For each row on its own, this *reduction* would take longer than memory needs to deliver the row.
+// All this is called a *reduction*. One reduction takes longer than memory needs to deliver one row.
 //
 // The answer. A *tile* of 8 rows shares one reduction. All workers first multiply their columns of 8 rows,
 // and keep 8 sums in registers. Then they reduce all 8 sums together. With tiles of 2 rows a token takes 1984
@@ -608,10 +609,10 @@ __device__ void Worker::axpy_tile(float a, int n) {
 // The answer. One thread, the producer, starts *bulk copies* from global into shared memory. One instruction
 // copies up to 20 KB, and hardware does the rest. The copies go to a *ring* of 10 slots of 20 KB. The
 // producer fills slots 0, 1, ... 9, 0, 1, ..., and the workers empty them in the same order. Weights do not
-// depend on x, so the producer runs ahead as long as there is an empty slot. (Two other waits are rare or
-// short: it waits for keys of the token before at (h), and it keeps a pace, chapter 15.) While workers wait
-// at (4), the producer copies rows of the next layer. While workers wait at (5), it copies rows for the next
-// token.
+// depend on x, so the producer runs ahead as long as there is an empty slot. While workers wait at (4), it
+// copies rows of the next layer. While workers wait at (5), it copies rows for the next token. (It waits for
+// two other things: once a token, at (h), for the keys and values of the token before; and for the clock,
+// chapter 15.)
 //
 // What this gains. The ring holds 205 KB, which is 5.8 us of reading, so shorter waits do not interrupt the
 // reading. With 9, 8 and 7 slots a token takes 1262, 1274 and 1286 us instead of 1252. With copies of 1 KB it
@@ -851,8 +852,8 @@ __device__ void Worker::affine(const Columns& x, const uint4* gain, const uint4*
 //   syncs   (F) (E) for each half tile; (c) for each tile
 // Units need nothing but x, so they also fill waits: the layer loop does some of them while q, k and v are on
 // their way to the other rank, and some more during the exchange of attention's results. Pythia is trained
-// with gelu(a) = a / 2 * (1 + erf(a / sqrt 2)). The approximation by tanh, common in other models, is wrong
-// by up to 5e-4.
+// with gelu(a) = a / 2 * (1 + erf(a / sqrt 2)). The approximation by tanh, common in other models, differs
+// from it by up to 5e-4.
 __device__ void Worker::units(const Columns& xn2, int& done, int end) {
   for (; done < end; done += TILE_ROWS) {
     const int unit = s.plan.units.at(done), n = min(TILE_ROWS, end - done);
@@ -898,8 +899,8 @@ __device__ uint32_t peer(const void* place, int rank);
 __device__ void push(uint32_t to, float v, uint32_t barrier);
 __device__ void push4(uint32_t to, const float* v, uint32_t barrier);  // 16 bytes at once
 
-// CLUSTERGATHER of the results of one dot tile. Every warp has all of them, four times: lanes l, l + 8, l +
-// 16 and l + 24 have the same row. Only warp 0 pushes. Its lane l pushes to rank 0, lane l + 8 to rank 1.
+// CLUSTERGATHER of the results of one dot tile. Every warp has all 8 results four times, in lanes 0 to 7, 8
+// to 15, 16 to 23 and 24 to 31. Only warp 0 pushes: lanes 0 to 7 to rank 0, and lanes 8 to 15 to rank 1.
 __device__ void Worker::cluster_gather(float* place, float value, bool valid, uint64_t* ready) const {
   if (!valid || team_warp > 0) return;
   for (int r = lane % LANES / ROWS; r < K; r += LANES / ROWS)
@@ -984,7 +985,8 @@ __device__ void Worker::attend() {
   // Expect results from all ranks.
   if (tid == 0) barrier_expect(&s.attention_ready, sizeof(s.peer_o) + sizeof(s.peer_top_l));  // (2)
 
-  // This lane has dimensions d .. d + 7, of tokens group, group + 2, ... of its warp.
+  // This lane has dimensions d .. d + 7 of one token at a time. In a slot it takes token 2 * warp + group,
+  // and then every 20th token.
   const int d = lane % TOKEN_LANES * 8, group = lane / TOKEN_LANES;
   const bool has_d = d < HS;
   float q[8], o[8] = {}, top = -1e30f, l = 0;  // results of the empty set
@@ -1001,7 +1003,7 @@ __device__ void Worker::attend() {
   }
 
   // For each slot of keys and values:
-  constexpr int STRIDE = WARPS * WARP_TOKENS, BATCH = ceil_div(KV_TOKENS, STRIDE);  // tokens of a lane [4]
+  constexpr int STRIDE = WARPS * WARP_TOKENS, BATCH = ceil_div(KV_TOKENS, STRIDE);  // a lane's tokens [4]
   const int last_token = s.plan.last_token;
   for (int t0 = s.plan.first_token; t0 < s.plan.last_token; t0 += KV_TOKENS) {
     const int n = min(KV_TOKENS, last_token - t0);
@@ -1140,11 +1142,11 @@ __device__ void Worker::cluster_reduce() {
 //     bits 63 .. 9    the value, an integer in units of 2^-22. Sums of integers do not depend on the order
 //     bits 8 .. 0     the count of additions to this word
 //
-// All processors reach global memory through one cache, L2. L2 can add: a processor sends it an address and a
-// number, and goes on. Such an addition is *atomic*, so it changes value and count in one step. When the
-// count shows that every cluster has added, the word is *complete*. A reader that finds a smaller count reads
-// the word again. No block waits for its own additions, and no counter is needed. With a separate counter, a
-// token takes 1233 us instead of 1203.
+// All processors reach global memory through one cache, L2, and L2 can add. A thread sends it an address and
+// a number, and goes on. Such an addition is *atomic*: it changes value and count in one step. When the count
+// shows that every cluster has added, the word is *complete*. A reader that finds a smaller count reads the
+// word again. No block waits for its own additions, and no separate counter is needed. With a separate
+// counter, a token takes 1233 us instead of 1203.
 //
 // How strong does an access have to be? CUDA has three kinds:
 //   relaxed   the access is atomic, in L2. It says nothing about other data
@@ -1214,9 +1216,10 @@ __device__ long long* Worker::buffer(unsigned steps) const { return m.residual +
 //           have no head, and would otherwise wait
 //   bytes   8 * C for the whole grid, 20 KB to L2
 //   syncs   none
-// The carrier knows both of its words. It has read own_now, the words of x, in this layer. It has read
-// own_next, the old words of x_next, one layer earlier, when that buffer was x. In layer 0, x is the token's
-// embedding. Differences are computed unsigned, because they may wrap around.
+// own_now is the carrier's two words in x_now, which it has read in this layer. own_next is its two old words
+// in x_next, which it has read one layer earlier, when that buffer was x_now. Before the first layer of a
+// launch, begin() sets both. In layer 0, x is the token's embedding. Differences are computed unsigned,
+// because they may wrap around.
 __device__ void Worker::carry(int layer, int token, long long* x_next, unsigned steps) const {
   const int c = 2 * carried;
   if (c >= C) return;
@@ -1267,9 +1270,9 @@ __device__ void Worker::read_x(int layer, int token, const long long* x_now, uns
 
 // If all threads read x again and again, they slow down the additions that they wait for: a token takes 1257
 // us instead of 1202. So at first only thread 0 polls, and only one pair of words. This is the last pair of
-// its rank's columns, which clusters add last. Only blocks of the same rank add to these columns. So if a
-// block hangs, all blocks of its rank notice and report it. Without (g) the results would be the same, but
-// all threads would poll.
+// its rank's columns, which clusters add last. Without (g) the results would be the same, but all threads
+// would poll. If a block hangs, its cluster's columns of its rank stay incomplete. So the polls in all blocks
+// of this rank reach their limit, and the launch ends with an error.
 __device__ void Worker::wait_for_x(const long long* x_now, unsigned wanted) const {
   if (tid == 0) {
     const long long start = clock64();
