@@ -46,17 +46,17 @@
 // it takes 1277 to 1281 us instead of 1280. So tensor cores, which make arithmetic faster, would gain
 // nothing. One goal explains nearly everything in this file: memory must never sit idle.
 //
-// How to read. Chapters 1 and 2 lead to chapter 3, the layer loop, which is the algorithm. Chapters 4 to 9
+// How to read. Chapter 3, the layer loop, is the algorithm, and chapters 1 and 2 lead to it. Chapters 4 to 9
 // each solve one problem that the loop leaves open. Chapter 10 divides the work among the blocks, and chapter
 // 11 follows one layer through time. The rest is appendix.
 //
-// A card stands above each stage. It has the *math*; *who* computes what; the *bytes* that a block moves; and
-// the *syncs*. A sync is a point where a thread waits for something that other threads do. Syncs between
-// blocks have numbers, (0) to (6). Syncs inside a block have letters, such as (a).
+// A card stands above each stage: its *math*; *who* computes what; the *bytes* that a block moves; its
+// *syncs*. A sync is a point where a thread waits for something that other threads do. Syncs between blocks
+// have numbers, (0) to (6). Syncs inside a block have letters, such as (a).
 //
-// Times are microseconds (us) for one token of 2.8b, unless a sentence says otherwise. Compare only the times
-// within one sentence, because sentences come from different versions and runs. The run of all ablations
-// (python bench.py --ablate), for example, measured 1204 us for the kernel that the record has with 1216.
+// Times are microseconds (us) for one token of 2.8b, unless a sentence says otherwise. Compare only times
+// within one sentence, because versions and runs of the kernel differ: the runs of bench.py --ablate measured
+// 1204 us where the record has 1216.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -183,16 +183,16 @@ struct Model;   // what is in global memory: defined after the loop
 struct Shared;  // what is in a block's shared memory: defined after the loop
 
 struct Worker {
-  // Runs layers first_layer .. last_layer - 1 of `token` at `position`, and chooses the next token. Then the
-  // same with that token, until `position` is `end`. Tests pass new_tokens = 0, which leaves out the choice.
+  // Runs layers first_layer .. last_layer - 1 of `token` at `position`, chooses the next token, and repeats
+  // this with the next token until `position` is `end`. With new_tokens = 0, for tests, it chooses no token.
   //
   // In short: for each token { for each layer {...} choose }. The code has one loop for both. Its iteration
   // `layer == L` is the choice, because the choice also begins with S0 and S1.
   //
-  // Four names to know first; chapter 8 explains them. All of x is in global memory, in two buffers. A layer
-  // reads x from buffer x_now, and all clusters add their y to buffer x_next. Then both swap roles. `steps`
-  // counts layers over all launches, and its last bit says which buffer is x_now. Nothing clears x_next: for
-  // each pair of columns, one thread of the grid, the *carrier*, adds x minus what x_next still holds.
+  // All of x is in global memory, in two buffers. A layer reads x from x_now, and all clusters add their y to
+  // x_next. Then both swap roles. `steps` counts layers over all launches, and its last bit says which buffer
+  // is x_now. Nothing clears x_next: for each pair of columns, one thread of the grid, the *carrier*, adds x
+  // minus what x_next still holds (chapter 8).
   //
   // mark() is a stopwatch, tap() a probe for tests. In the shipped kernel both compile to nothing.
   __device__ void run(const Plan& plan, int first_layer, int last_layer, int new_tokens,
@@ -272,7 +272,7 @@ struct Worker {
     finish(x_next, token, position, steps);
   }
 
-  // Declarations, in the order of the chapters that explain them. Go on to "What must change together".
+  // Declarations, in the order of the chapters that explain them. Skip them for now.
   // 4. dot tile and axpy tile
   __device__ uint4 weights(int slot_row, int p) const;
   __device__ float dot_tile(const Columns& in, int n, int skip, bool has_bias);
@@ -343,15 +343,14 @@ struct Worker {
   float logits[KEPT], noise[KEPT];          // chapter 9
 };
 
-// What must change together when a stage is added? The loop above calls the stage. If the stage reads rows,
-// the producer has to copy these rows at the same point of the order (chapter 5). If some blocks do more of
-// it than others, make_plan has to count its bytes (chapter 10). If it needs shared memory, FIXED_BYTES has
-// to grow with Shared. New weights go into Layer below and into Block in model.py, at the same place.
-// emulator.py repeats the stage in Python, and a tap lets the tests compare it with float64.
+// To add a stage, change the loop above and the same stage in emulator.py. If the stage reads rows, the
+// producer has to copy them at the same place of its order (chapter 5). If some blocks do more of it than
+// others, make_plan has to count its bytes (chapter 10). New shared memory needs a larger FIXED_BYTES, and
+// new weights stand in Layer below and in Block in model.py, in the same order.
 
 // ---- Memory layout: sizes --------------------------------------------------------------------------------
-// The rest of this chapter is for reference: sizes, and what is in which memory. A *tile* is 8 rows that are
-// multiplied together (chapter 4). A tile fills two *slots* of the ring (chapter 5).
+// The rest of this chapter is for reference. A *tile* is 8 rows that are multiplied together (chapter 4). It
+// fills two *slots* of the ring (chapter 5).
 
 constexpr int WARPS = WORKERS / 32;             // warps of workers [10]
 constexpr int LANES = TEAM < 32 ? TEAM : 32;    // threads of a warp that belong to one team [32]
@@ -534,7 +533,7 @@ __device__ uint4 Worker::weights(int slot_row, int p) const {
 //   bytes   n * C * 2 from shared memory, 41 KB for 8 rows
 //   syncs   (F) (E) for each half of the tile, see chapter 5; (c) once
 // A tile arrives in two slots, so the producer can fill the first slot again while this function reads the
-// second one. With the whole tile as one unit, a token takes 1276 us instead of 1272.
+// second one. With one slot for the whole tile, a token takes 1276 us instead of 1272.
 //
 // At (c) every warp waits until all 10 warps have written their sums to shared memory. No second sync
 // protects these sums from the next tile, because two arrays alternate, warp_dots[0] and warp_dots[1]:
@@ -656,9 +655,9 @@ __device__ void Worker::release() {
   ring.advance();
 }
 
-// Waits for other blocks and the producer's waits have a limit, PATIENCE. After it, something is wrong, and
-// the launch ends with an error instead of hanging (chapter 16). (F) has no limit, because looking at a clock
-// in each of these many waits costs 5 us: a token takes 1254 us instead of 1249.
+// Other waits have a limit, PATIENCE. After it, the launch ends with an error instead of hanging (chapter
+// 16). At (F) a limit would cost 5 us, because the thread would look at a clock: a token takes 1254 us with
+// it instead of 1249.
 constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
 enum SyncId {  // numbers of syncs in Failure::sync; (F) is 6, and (6) is SYNC_TALLY
   SYNC_QKV = 1, SYNC_ATTENTION, SYNC_SUMS, SYNC_X, SYNC_VOTE, SYNC_FULL, SYNC_EMPTY, SYNC_TOKEN, SYNC_TALLY
@@ -676,10 +675,9 @@ __device__ void order_copies();              // orders later copies after this t
 // RULE. A slot has no label that says what is in it. The order alone does: the producer has to copy exactly
 // the tiles that Worker::run uses, in the same order. So layers() below has the same loops as run().
 //
-// What if the two disagree? If the order differs, workers multiply wrong rows. Nothing in the kernel notices
-// this, but the tests do, which compare every stage with float64. If the number of tiles differs, workers or
-// the producer wait for a slot in vain, and after some seconds the launch ends with an error about (F) or
-// (E).
+// If the order is wrong, workers multiply wrong rows. The tests notice this, because they compare every stage
+// with float64. If the number of tiles is wrong, workers or the producer wait in vain, and after some seconds
+// the launch ends with an error about (F) or (E).
 struct Producer {  // one thread of each block
   const Model& m;
   Shared& s;
@@ -688,10 +686,10 @@ struct Producer {  // one thread of each block
   uint32_t token_parity = 0;             // of (h)
   unsigned long long earliest_ns = 0;    // no copy may start before this time
 
-  // Waits until the next slot is empty. Then waits until it is time for the copy (PACE is bytes a ns for the
-  // whole grid, chapter 15). Then announces the copy's bytes. In the first trip around the ring all slots are
-  // empty, and the wait has to pass. It does: it waits for parity 1, while a new mbarrier is in phase 0.
-  // Parity 1 then means the phase before phase 0, which counts as complete.
+  // Waits until the next slot is empty and until it is time for the copy (chapter 15). Then announces the
+  // copy's bytes. In the first trip around the ring, the wait for an empty slot has to pass at once. It does,
+  // because it waits for parity 1 while a new mbarrier is in phase 0. Parity 1 then means the phase before
+  // phase 0, which counts as complete.
   __device__ void claim(uint32_t bytes) {
     wait(m, s, &s.empty[ring.slot], ring.parity ^ 1, SYNC_EMPTY);  // (E)
     unsigned long long now;
@@ -871,11 +869,11 @@ __device__ void Worker::units(const Columns& xn2, int& done, int end) {
 //
 // The answer is a *push*: a store into the shared memory of another block of the cluster. When the data
 // lands, the hardware counts its bytes on an mbarrier of the receiving block. The sender goes on at once. The
-// receiver waits on its own mbarrier until all expected bytes have landed. Without pushes, a block would read
-// from the other block, which takes a round trip, or both would have to wait for each other after a store.
+// receiver waits on its own mbarrier until all expected bytes have landed. This saves the round trip of a
+// read from the other block, and a barrier of both blocks after a plain store.
 //
-// An *inbox* is an array into which blocks push. Each rank also pushes to its own inboxes, so that all parts
-// are handled alike. *Peers* are the blocks of one cluster.
+// An *inbox* is an array into which the blocks of a cluster, the *peers*, push. Each rank also pushes to its
+// own inboxes, so that all parts are handled alike.
 //
 //     sync  inbox                what each rank pushes             to which rank           without the sync
 //     (1)   qkv                  its 120 rows of q, k, v           all                     stale q, k or v
@@ -1148,7 +1146,7 @@ __device__ void Worker::cluster_reduce() {
 // word again. No block waits for its own additions, and no separate counter is needed. With a separate
 // counter, a token takes 1233 us instead of 1203.
 //
-// How strong does an access have to be? CUDA has three kinds:
+// CUDA has three kinds of such accesses:
 //   relaxed   the access is atomic, in L2. It says nothing about other data
 //   release   an addition. It becomes visible after all earlier writes of its thread, and after all writes of
 //             other threads that came before a block sync with this thread
