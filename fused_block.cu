@@ -30,7 +30,7 @@
 //     L        layers                                                        32
 //     T        tokens in the cache, and so the position of the new token     128 in all examples
 //
-// A *layer* is what Pythia's paper calls a transformer block, hence the name of this file. From here on, a
+// A *layer* is what Pythia's paper calls a transformer block, and the file is named after it. From here on, a
 // *block* is a group of threads (chapter 2). The text explains pythia-2.8b on an H200. Chapter 13 says what
 // is different in the other nine sizes.
 //
@@ -50,7 +50,7 @@
 // each solve one problem that the loop leaves open. Chapter 10 divides the work among the blocks, and chapter
 // 11 follows one layer through time. The rest is appendix.
 //
-// A card stands above each stage: its *math*; *who* computes what; the *bytes* that a block moves; its
+// Each stage has a card above it: its *math*; *who* computes what; the *bytes* that a block moves; its
 // *syncs*. A sync is a point where a thread waits for something that other threads do. Syncs between blocks
 // have numbers, (0) to (6). Syncs inside a block have letters, such as (a).
 //
@@ -346,7 +346,7 @@ struct Worker {
 // To add a stage, change the loop above and the same stage in emulator.py. If the stage reads rows, the
 // producer has to copy them at the same place of its order (chapter 5). If some blocks do more of it than
 // others, make_plan has to count its bytes (chapter 10). New shared memory needs a larger FIXED_BYTES, and
-// new weights stand in Layer below and in Block in model.py, in the same order.
+// new weights go into Layer below and into Block in model.py, in the same order.
 
 // ---- Memory layout: sizes --------------------------------------------------------------------------------
 // The rest of this chapter is for reference. A *tile* is 8 rows that are multiplied together (chapter 4). It
@@ -655,9 +655,9 @@ __device__ void Worker::release() {
   ring.advance();
 }
 
-// Other waits have a limit, PATIENCE. After it, the launch ends with an error instead of hanging (chapter
-// 16). At (F) a limit would cost 5 us, because the thread would look at a clock: a token takes 1254 us with
-// it instead of 1249.
+// The producer's waits, and waits for other blocks, have a limit, PATIENCE. After it, the launch ends with an
+// error instead of hanging (chapter 16). (F) has no limit, because a look at the clock in each of these many
+// waits costs 5 us: a token takes 1254 us with it, and 1249 without.
 constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
 enum SyncId {  // numbers of syncs in Failure::sync; (F) is 6, and (6) is SYNC_TALLY
   SYNC_QKV = 1, SYNC_ATTENTION, SYNC_SUMS, SYNC_X, SYNC_VOTE, SYNC_FULL, SYNC_EMPTY, SYNC_TOKEN, SYNC_TALLY
@@ -683,7 +683,7 @@ struct Producer {  // one thread of each block
   Shared& s;
   const uint64_t policy = read_once_policy();
   Ring ring;
-  uint32_t token_parity = 0;             // of (h)
+  uint32_t token_parity = 0;             // parity of (h)
   unsigned long long earliest_ns = 0;    // no copy may start before this time
 
   // Waits until the next slot is empty and until it is time for the copy (chapter 15). Then announces the
@@ -694,7 +694,7 @@ struct Producer {  // one thread of each block
     wait(m, s, &s.empty[ring.slot], ring.parity ^ 1, SYNC_EMPTY);  // (E)
     unsigned long long now;
     while ((now = global_ns()) < earliest_ns && earliest_ns - now < 1'000'000) {}
-    earliest_ns = max(earliest_ns, now - CLOCK_NS) + bytes * gridDim.x / PACE;
+    earliest_ns = max(earliest_ns, now - CLOCK_NS) + bytes * gridDim.x / PACE;  // PACE: bytes a ns
     barrier_expect(&s.full[ring.slot], bytes);  // (F)
   }
   __device__ void copy(void* to, const void* from, uint32_t bytes) {
@@ -803,7 +803,7 @@ __device__ Norms Worker::load_norms(int layer) const {
 //     squares = squares_a + squares_b + (mean_a - mean_b)^2 * n / 2
 // First the lanes of a warp are merged, in pairs. Then every thread merges the results of the 10 warps, which
 // are in warp_stats. No sync is needed before the next layer writes warp_stats again, because all workers
-// meet in at least one more sync in between.
+// pass at least one more barrier together in between.
 constexpr float LN_EPS = 1e-5f;
 
 __device__ void Worker::normalize(Columns& x) const {
