@@ -1,11 +1,12 @@
 // fused_block.cu: one CUDA kernel for all of Pythia's decode step, from the embedding to the next token.
 //
 // 0. One token, and what it costs =========================================================================
-// To write one more token, a language model reads all of its weights once. This file does all of that step in
-// one *kernel*, a function that all threads of a GPU run together. One call of the kernel is a *launch*; it
-// makes one token, or up to 8 in a row.
+// To write one more token, a language model reads all of its weights once. This file does that whole step in
+// one *kernel*, a function that all threads of a GPU run together. One call of the kernel is a *launch*. A
+// launch makes up to 8 tokens in a row. Before the first launch, PyTorch reads the prompt (model.py) and
+// leaves its keys and values in the cache.
 //
-// In PyTorch the step is these lines. S0 to S10 are the *stages* in which the kernel does the same.
+// In PyTorch the step is these lines. S0 to S10 are the *stages* in which the kernel computes the same.
 //
 //     x = embed_in[token]                                                          # S0     [C]
 //     for each layer:
@@ -29,30 +30,33 @@
 //     L        layers                                                        32
 //     T        tokens in the cache, and so the position of the new token     128 in all examples
 //
-// A *layer* is what Pythia's paper calls a transformer block, hence the name of this file. From here on, a
-// block is something else: a group of threads (chapter 2). The text explains pythia-2.8b on an H200; chapter
-// 13 says what the other nine sizes do differently.
+// A *layer* is what Pythia's paper calls a transformer block, and the file is named after it. From here on, a
+// *block* is a group of threads (chapter 2). The text explains pythia-2.8b on an H200. Chapter 13 says what
+// is different in the other nine sizes.
 //
-// The budget. At batch 1 a weight is used once and then not again before the next token. So a layer takes at
-// least the time in which memory delivers its bytes:
+// The budget. With one text at a time, each weight is used once for each token. So a layer takes at least the
+// time in which memory delivers its bytes:
 //     (4*C*C + 2*C*MLP) weights of 2 bytes         157.3 MB / 4.65 TB/s =   33.8 us a layer
 //     keys and values of T tokens: 4*C*T bytes      1.31 MB / 4.65 TB/s =    0.3 us a layer
 //     L layers, and 2*V*C bytes of the LM head     5.333 GB / 4.65 TB/s = 1147   us a token: the floor
-// 4.65 TB/s is what this H200 delivers to a kernel that does nothing but read (another H200: 4.55). The
-// kernel below takes 1216 us for a token, 6 % above the floor. Arithmetic is cheap beside that: a kernel that
-// leaves out all sums across threads, and GELU, gives wrong results, but no faster: 1280 -> 1277 to 1281 us.
-// So one goal explains nearly everything in this file: memory must never sit idle.
+// This H200 delivers 4.65 TB/s to a kernel that does nothing but read, and a second H200 delivered 4.55. The
+// kernel below takes 1216 us for a token, 6 % above the floor.
 //
-// How to read. Chapters 1 and 2 lead to chapter 3, the layer loop, which is the algorithm. Chapters 4 to 9
-// each take a problem that the loop leaves open. Chapter 10 divides the work, and chapter 11 tells one layer
-// in time. The rest is appendix. Every stage has a card: its math; who computes what; the bytes that a block
-// moves for it; its syncs. A *sync* is a point that a thread passes only after something that other threads
-// do has happened. Syncs have labels in brackets: (1) to (6) are the large ones, letters mark small ones
-// inside a block.
+// Arithmetic is not the limit. Without GELU and without sums across threads the kernel computes nonsense, but
+// it takes 1277 to 1281 us instead of 1280. So tensor cores, which make arithmetic faster, would gain
+// nothing. One goal explains nearly everything in this file: memory must never sit idle.
 //
-// Numbers like "1271 -> 2380 us" are the times of a token of 2.8b before and after one change. They come from
-// results/attempts.md and README.md, where other sizes stand too. Compare the two numbers of a pair, not
-// pairs: their base versions differ.
+// How to read. Chapter 3, the layer loop, is the algorithm, and chapters 1 and 2 lead to it. Chapters 4 to 9
+// each solve one problem that the loop leaves open. Chapter 10 divides the work among the blocks, and chapter
+// 11 follows one layer through time. The rest is appendix.
+//
+// Each stage has a card above it: its *math*; *who* computes what; the *bytes* that a block moves; its
+// *syncs*. A sync is a point where a thread waits for something that other threads do. Syncs between blocks
+// have numbers, (0) to (6). Syncs inside a block have letters, such as (a).
+//
+// Times are microseconds (us) for one token of 2.8b, unless a sentence says otherwise. Compare only times
+// within one sentence, because versions and runs of the kernel differ: the runs of bench.py --ablate measured
+// 1204 us where the record has 1216.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -60,16 +64,17 @@
 
 // 1. Two loops ============================================================================================
 // All matrices of a layer can be stored as rows of C numbers. Rows of w_qkv and w_up are multiplied by x, so
-// they have this length anyway. w_out and w_down are stored transposed: one row for each element of o, and of
-// h. Then a layer has only two inner loops beside attention itself. In plain C++:
+// they have this length anyway. w_out and w_down are stored transposed: w_out has one row for each element of
+// o, and w_down has one for each element of h. Then a layer needs only two inner loops besides attention. In
+// plain C++, where half is a number in fp16:
 //
 //     float dot(const half* row, const float* x) {           // a row and x make one number
 //       float sum = 0;
 //       for (int c = 0; c < C; c++) sum += row[c] * x[c];
 //       return sum;
 //     }
-//     void axpy(float a, const half* row, float* y) {        // a number times a row is added to y
-//       for (int c = 0; c < C; c++) y[c] += a * row[c];
+//     void axpy(float factor, const half* row, float* y) {   // a number times a row is added to y
+//       for (int c = 0; c < C; c++) y[c] += factor * row[c];
 //     }
 //     void hidden_unit(int j) {                              // hidden unit j of the MLP: a row in, a row out
 //       const float h = gelu(dot(w_up + j * C, xn2) + b_up[j]);
@@ -77,8 +82,8 @@
 //     }
 //
 // A hidden unit needs nothing but x, and its only result is an addition to y. So the MLP is 10240 jobs that
-// can run anywhere, in any order. A head needs x, too, and also ends in additions to y, but it has steps in
-// between that wait for one another:
+// can run anywhere, in any order. A head also needs x and also ends in additions to y, but between them it
+// has a chain of steps:
 //
 //         .-> LN1 -> S2 dot rows of q, k, v -> S3 rotate -> S5 attend -> S6 merge -> S7 axpy output rows -.
 //         |                                       '-> S4 append k, v to the cache                         |
@@ -87,25 +92,26 @@
 //         '-> LN2 -> S8 hidden unit j: dot up row j, gelu, axpy down row j -------------------------------'
 //                                                                                  S9: x = x + y + biases
 //
-// At one point of a layer every thread depends on all others: the next x needs every part of y. This is (4),
-// the only sync of the GPU's blocks in a layer. Once a token there is another, (5), for the choice.
+// The next x needs every part of y. So once in a layer all blocks have to wait for one another, at sync (4).
+// Once in a token they also wait at (5), where they choose the next token together.
 
 // 2. Who owns what ========================================================================================
 // A GPU is many processors, 132 in an H200 (NVIDIA calls them multiprocessors). Each has 227 KiB of fast
-// memory of its own, called *shared memory* because the threads on this processor share it. All of them read
-// and write one large *global memory*, which holds the weights, the cache of keys and values, and x. CUDA
+// memory of its own, called *shared memory* because the threads on this processor share it. All processors
+// read and write one large *global memory*. It holds the weights, the cache of keys and values, and x. CUDA
 // groups threads like this:
 //
 //     thread    has its own variables, in registers
 //     warp      32 threads that run mostly in step
-//     block     352 threads here, 11 warps, on one processor, with its shared memory. 132 blocks, one each
+//     block     352 threads in this kernel, 11 warps. The kernel runs 132 blocks, one on each processor,
+//               because a block uses nearly all of the processor's shared memory
 //     cluster   2 neighbouring blocks, which can write into each other's shared memory. The number of a
 //               block in its cluster is its *rank*, 0 or 1
-//     grid      all of them: 66 clusters, 132 blocks
+//     grid      all threads of a launch: 66 clusters, 132 blocks
 //
-// Of the 352 threads of a block 320 are *workers*: they compute. One more is the *producer*: it does nothing
-// but start copies of the rows that its block will need, from global memory into a *ring* of slots in shared
-// memory (chapter 5). Its 31 neighbours in the last warp end at once.
+// 320 threads of a block are *workers*, which compute. One thread is the *producer*. It does nothing but
+// start copies of what its block will need, from global memory into a *ring* of slots in shared memory
+// (chapter 5). The other 31 threads of the producer's warp exit immediately.
 //
 //     what                                    is divided among        in shares of
 //     columns of every row, of x and of y     the workers of a block  8 columns, the same in all layers
@@ -114,75 +120,85 @@
 //       cached tokens of the head             ranks                   64 of 128
 //       output rows of the head               ranks                   40 of 80
 //     hidden units of a layer                 blocks                  34 or 35 for blocks with a head,
-//                                                                     117 to 119 for the others
+//                                                                     117 or 118 for the others
 //     columns of the sum of a cluster's y     ranks                   1280 of 2560
 //     rows of the LM head                     blocks                  381 or 382 of 50304
 //
 //     a row      |  columns 0..7  |  columns 8..15  |  columns 16..23  |  ...  |  columns 2552..2559  |
 //                |    thread 0    |    thread 1     |     thread 2     |  ...  |      thread 319      |
-//     dot        each thread multiplies its 8 columns by its 8 of x, and then 320 sums have to be added up
-//     axpy       each thread adds its 8 columns, times a, to its 8 of y: no thread needs another one
+//     dot        each thread multiplies its 8 columns of the row by its 8 of x; then 320 sums are added up
+//     axpy       each thread adds its 8 columns of the row, times the factor, to its 8 of y; no thread needs
+//                anything from another thread
 //
-// Eight columns of fp16 are 16 bytes, the widest load from shared memory. x and y stay in registers: a thread
-// has its 8 columns of them from the beginning of a layer to the end.
+// Eight columns of fp16 are 16 bytes, the widest load from shared memory. Each thread keeps its 8 columns of
+// x and of y in registers for the whole layer.
 //
-// Why does a head need two blocks? A layer has 4*C + 2*MLP = 30720 rows, a fair share of 233 for each of the
-// 132 blocks. A head alone has 4*HS = 320. One block with a whole head would be late, and all others would
-// wait for it at (4): clusters of 1 take 1542 us a token instead of 1204. With clusters of 2, a block has 160
-// rows of a head, and hidden units fill it up to its share. Clusters of 4 and 8 take 1203 and 1204 us, so
-// default_cluster in build.py chooses the smallest that fits.
+// Why does a head need two blocks? A layer has 4*C + 2*MLP = 30720 rows, so a fair share is 233 rows for each
+// of the 132 blocks. A head alone has 4*HS = 320. If one block did a whole head, it would be late, and all
+// other blocks would wait for it at (4). With clusters of 1 a token takes 1542 us, with clusters of 2 it
+// takes
+// 1204. In a cluster of 2 each block has 160 rows of the head, and hidden units fill the rest of its share.
+// Larger clusters gain nothing here. So default_cluster in build.py chooses the smallest cluster in which a
+// block's part of a head is no more than its fair share.
 
 // 3. The layer loop =======================================================================================
-// The loop below is one worker's. It needs a few sizes first; their values for 2.8b stand in brackets. Names
-// in capitals that this file does not define, such as HIDDEN, come from build.py, on nvcc's command line.
-// `__device__` marks functions that run on the GPU.
+// The loop below is what one worker does. A few sizes come first, with their values for 2.8b in brackets.
+// Names in capitals that this file does not define, such as HIDDEN, come from build.py, on the compiler's
+// command line. `__device__` marks functions that run on the GPU. In 2.8b a worker owns one piece of 8
+// columns, and all workers of a block are one team, so PIECES and TEAMS are 1. Ignore both until chapter 13.
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 constexpr int C = HIDDEN, NH = HEADS, HS = HEAD_SIZE, ROT = ROTARY, V = VOCAB, L = LAYERS, CTX = CONTEXT;
 constexpr int K = CLUSTER;                      // blocks in a cluster [2]
-constexpr int PIECES = C < 4096 ? 1 : 2;        // pieces of 16 bytes of a row that a worker owns [1]
+constexpr int PIECES = C < 4096 ? 1 : 2;        // pieces of 8 columns that a worker owns [1]
 constexpr int COLS = 8 * PIECES;                // columns that a worker owns [8]
-constexpr int TEAM = C / COLS;                  // workers that hold one row between them: a team [320]
-constexpr int TEAMS = ceil_div(THREADS, TEAM);  // teams in a block; chapter 13 has shapes with more [1]
+constexpr int TEAM = C / COLS;                  // workers that hold one row together: a team [320]
+constexpr int TEAMS = ceil_div(THREADS, TEAM);  // teams in a block [1]
 constexpr int WORKERS = TEAM * TEAMS;           // threads of a block that compute [320]
 
 typedef float Columns[COLS];                    // registers: one worker's columns of x, y or a LayerNorm
-struct Norms { uint4 w1[PIECES], b1[PIECES], w2[PIECES], b2[PIECES]; };  // its LayerNorms' gains and biases
+// A worker's columns of the gains and biases of a layer's two LayerNorms.
+struct Norms { uint4 w1[PIECES], b1[PIECES], w2[PIECES], b2[PIECES]; };
 
-struct Share {  // some rows of a matrix that are one block's (chapter 10)
+struct Share {  // the rows of one matrix that one block gets; chapter 10 explains the fields
   int count, dealt, first_dealt, blocks, first_rest;
-  __device__ int at(int i) const;  // the row that is the block's i-th, for multiples i of a tile's rows
+  __device__ int at(int i) const;  // number of the block's i-th row, where a tile begins
 };
 
-struct Plan {  // the share of one block in the work on one token (chapter 10)
+struct Plan {  // what one block does for one token (chapter 10)
   int rank, cluster, clusters;
   Share units;                  // its hidden units, in every layer
-  int filler;                   // how many of them to do during each of the two waits for the cluster
+  int filler;                   // hidden units to compute before each of the waits (1) and (2)
   int first_token, last_token;  // its cached tokens, for every head: first_token .. last_token - 1
 };
 
-struct Ring {  // where a thread is in the ring of slots (chapter 5)
+struct Ring {  // the slot of the ring that a thread uses next (chapter 5)
   int slot = 0;
   uint32_t parity = 0;
   __device__ void advance();
 };
 
-struct Model;   // global memory: behind the loop
-struct Shared;  // a block's shared memory: behind the loop
+struct Model;   // what is in global memory: defined after the loop
+struct Shared;  // what is in a block's shared memory: defined after the loop
 
 struct Worker {
-  // Runs layers first_layer .. last_layer - 1 of `token` at `position`, chooses the next token, goes on with
-  // that one, and stops at position `end`. `steps` counts layers over all launches.
+  // Runs layers first_layer .. last_layer - 1 of `token` at `position`, chooses the next token, and repeats
+  // this with the next token until `position` is `end`. With new_tokens = 0, for tests, it chooses no token.
   //
-  // The shape is: for each token { for each layer {...} choose }. It is written as one loop, in which layer L
-  // is the choice, because the choice begins like a layer, with S0 and S1.
+  // In short: for each token { for each layer {...} choose }. The code has one loop for both. Its iteration
+  // `layer == L` is the choice, because the choice also begins with S0 and S1.
   //
-  // mark() is a stopwatch, tap() a probe for tests. The shipped kernel contains neither (chapter 18).
+  // All of x is in global memory, in two buffers. A layer reads x from x_now, and all clusters add their y to
+  // x_next. Then both swap roles. `steps` counts layers over all launches, and its last bit says which buffer
+  // is x_now. Nothing clears x_next: for each pair of columns, one thread of the grid, the *carrier*, adds x
+  // minus what x_next still holds (chapter 8).
+  //
+  // mark() is a stopwatch, tap() a probe for tests. In the shipped kernel both compile to nothing.
   __device__ void run(const Plan& plan, int first_layer, int last_layer, int new_tokens,
                       int token, int position, int end, unsigned steps, const longlong2& carried_words) {
-    Columns x, xn1, xn2;                                            // this thread's columns, in registers
-    long long *x_now = buffer(steps), *x_next = buffer(steps + 1);  // all of x, in global memory: chapter 8
+    Columns x, xn1, xn2;  // this thread's columns, in registers
+    long long *x_now = buffer(steps), *x_next = buffer(steps + 1);
     begin(first_layer, carried_words);
 
     for (int layer = first_layer; position < end;) {
@@ -201,20 +217,20 @@ struct Worker {
         continue;
       }
 
-      // S9, first part. Add x itself and the biases to x_next: one thread of the grid for each column.
+      // S9, first part. In the carriers alone: add x - old and the output biases to x_next.
       carry(layer, token, x_next, steps);
 
       // S1. Apply the second one's gain and bias, for the hidden units.
       affine(x, norms.w2, norms.b2, xn2);
 
-      // Clear y. In it, this thread will collect what the block adds to its columns.
+      // Clear y, which collects what the block adds to this thread's columns.
       for (int i = 0; i < COLS; i++) {
         y[i] = 0;
         tap(TAP_XN1 + column(i), xn1[i]), tap(TAP_XN2 + column(i), xn2[i]);
       }
       mark(MARK_NORM, layer);
 
-      int done = 0;  // hidden units of this layer, so far
+      int done = 0;  // hidden units of this layer that are done; units() counts it up
       for (int h = plan.cluster; h < NH; h += plan.clusters) {  // this cluster's heads: one or none
         // S2. Compute this rank's rows of q, k, v. Send them to all ranks of the cluster.
         qkv_rows(xn1, h); mark(MARK_QKV, layer);
@@ -229,33 +245,34 @@ struct Worker {
         // S5. Attend to this rank's share of the tokens. Send the result to the other ranks.
         attend(); mark(MARK_ATTEND, layer);
 
-        // S8. Do some more hidden units while results are on their way. Then wait for the results: (2).
+        // S8. Do some more hidden units while the results are on their way. Then wait for all results: (2).
         units(xn2, done, min(done + plan.filler, plan.units.count));
         wait_for_attention(); mark(MARK_2, layer);
 
-        // S6, S7. Merge the results into o. Add this rank's output rows, each times its o, to y.
+        // S6. Merge the results of all ranks into o. S7. For each of this rank's dimensions d of the head,
+        // add o[d] times output row d to y.
         out_rows(h); mark(MARK_OUT, layer);
       }
 
       // S8. Do the hidden units that are left.
       units(xn2, done, plan.units.count); mark(MARK_UNITS, layer);
 
-      // S9, second part. Send y to the ranks that own its columns, and wait for theirs: (3). Add up the
-      // columns that this rank owns, and add the sums to x_next.
+      // S9, second part. Send each column of y to the rank that owns it. Wait for the other ranks' y: (3).
+      // Add up the columns that this rank owns, and add the sums to x_next.
       cluster_reduce(); mark(MARK_3, layer);
       add_to_residual(x_next);
 
-      // Start to load the gains and biases of the next layer. They do not depend on x.
+      // Start to load the gains and biases of the next layer, which do not depend on x.
       norms = load_norms(layer + 1); mark(MARK_ADDED, layer);
 
-      // Swap the buffers: x_next is the next layer's x, and the old x is what the next layer adds to.
+      // Swap the buffers. The next layer reads x_next, and adds to the buffer that this layer has read.
       long long* const x_last = x_now;
       x_now = x_next, x_next = x_last, own_next = own_now, steps++, layer++;
     }
     finish(x_next, token, position, steps);
   }
 
-  // Declarations, in the order of the chapters that explain them. There is nothing to read here yet.
+  // Declarations, in the order of the chapters that explain them. Skip them for now.
   // 4. dot tile and axpy tile
   __device__ uint4 weights(int slot_row, int p) const;
   __device__ float dot_tile(const Columns& in, int n, int skip, bool has_bias);
@@ -306,52 +323,52 @@ struct Worker {
   __device__ void tap(int where, float value) const;
   __device__ void mark(Mark event, int layer) const;
 
-  // The columns of this thread: element i of its Columns is column(i) of x, here 8 * tid + i.
+  // Element i of a thread's Columns is column(i) of x. In 2.8b this is column 8 * tid + i.
   __device__ int column(int i) const { return (i / 8 * TEAM + team_thread) * 8 + i % 8; }
 
   const Model& m;                           // global memory
   Shared& s;                                // the block's shared memory
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
-  const int team = TEAMS == 1 ? 0 : tid / TEAM, team_thread = TEAMS == 1 ? tid : tid % TEAM;  // 0, tid
-  const int team_warp = team_thread / 32;   // the same as warp
-  const int row = lane % ROWS * TEAMS + team;  // which row of a tile ends in this lane: chapter 4
+  const int team = TEAMS == 1 ? 0 : tid / TEAM, team_thread = TEAMS == 1 ? tid : tid % TEAM;  // [0, tid]
+  const int team_warp = team_thread / 32;   // [warp]
+  const int row = lane % ROWS * TEAMS + team;  // row of a tile whose result this lane gets: chapter 4
   Ring ring;                                // chapter 5
-  int flip = 0;                             // chapter 4
-  uint32_t head_parity = 0, sums_parity = 0;  // of (1) and (2), and of (3): chapter 7
+  int flip = 0;                             // which of two arrays the next tile uses: chapter 4
+  uint32_t head_parity = 0, sums_parity = 0;  // parity of (1) and (2); parity of (3): chapter 7
   Columns y;                                // what the block adds to this thread's columns of x
-  const int carried = (gridDim.x - 1 - blockIdx.x) * WORKERS + tid;  // chapter 8
-  longlong2 own_now, own_next;              // chapter 8
+  const int carried = (gridDim.x - 1 - blockIdx.x) * WORKERS + tid;  // the pair that it carries: chapter 8
+  longlong2 own_now, own_next;              // the carrier's two words in x_now and in x_next: chapter 8
   Norms norms;                              // gains and biases of the LayerNorms that come next
   static constexpr int KEPT = ceil_div(V, MIN_BLOCKS * WORKERS);  // logits that a worker keeps: chapter 9
   float logits[KEPT], noise[KEPT];          // chapter 9
 };
 
-// What must change together when a stage is added? The loop above calls it. If it reads rows, the producer
-// has to copy these rows at the same point of the same order (chapter 5). If some blocks have more of it than
-// others, make_plan has to count its bytes (chapter 10). If it needs shared memory, FIXED_BYTES below has to
-// grow with Shared. New weights go into Layer below and into Block in model.py, at the same place.
-// emulator.py repeats all this in Python, and a tap lets the tests compare the stage with float64.
+// To add a stage, change the loop above and the same stage in emulator.py. If the stage reads rows, the
+// producer has to copy them at the same place of its order (chapter 5). If some blocks do more of it than
+// others, make_plan has to count its bytes (chapter 10). New shared memory needs a larger FIXED_BYTES, and
+// new weights go into Layer below and into Block in model.py, in the same order.
 
-// ---- Where things lie: sizes -----------------------------------------------------------------------------
-// A *tile* is 8 rows that are multiplied together (chapter 4). It takes two *slots* of the ring (chapter 5).
+// ---- Memory layout: sizes --------------------------------------------------------------------------------
+// The rest of this chapter is for reference. A *tile* is 8 rows that are multiplied together (chapter 4). It
+// fills two *slots* of the ring (chapter 5).
 
 constexpr int WARPS = WORKERS / 32;             // warps of workers [10]
-constexpr int LANES = TEAM < 32 ? TEAM : 32;    // lanes of a warp that belong to the same team [32]
+constexpr int LANES = TEAM < 32 ? TEAM : 32;    // threads of a warp that belong to one team [32]
 constexpr int TEAM_WARPS = TEAM / LANES;        // warps of a team [10]
 
 constexpr int TILE_ROWS = ROWS * TEAMS;         // rows of a tile, ROWS for each team [8]
 constexpr int HALF_TILES = 2;                   // slots that a tile takes
 constexpr int HALF_TILE_ROWS = TILE_ROWS / HALF_TILES;      // [4]
 constexpr int SLOT_BYTES = HALF_TILE_ROWS * C * 2;          // [20480]
-constexpr int TILE_BIASES = ceil_div(TILE_ROWS, 8) * 8 + 8; // room for its biases, see Producer::rows [16]
+constexpr int TILE_BIASES = ceil_div(TILE_ROWS, 8) * 8 + 8; // room for a tile's biases: Producer::rows [16]
 
-constexpr int QKV_ROWS = 3 * HS / K;            // a rank's rows of the q, k, v of a head [120]
-constexpr int OUT_ROWS = HS / K;                // a rank's output rows of a head: its dimensions of o [40]
-constexpr int OWN = C / K;                      // columns that a rank sums for its cluster [1280]
+constexpr int QKV_ROWS = 3 * HS / K;            // rows of a head's q, k, v that one rank computes [120]
+constexpr int OUT_ROWS = HS / K;                // output rows, and dimensions of o, that one rank has [40]
+constexpr int OWN = C / K;                      // columns of the cluster's y that one rank adds up [1280]
 
-// ---- Where things lie: global memory ---------------------------------------------------------------------
+// ---- Memory layout: global memory ------------------------------------------------------------------------
 
-struct Layer {  // weights in fp16, which no launch writes; every matrix is rows of C
+struct Layer {  // weights in fp16; no launch writes them. Every matrix is rows of C
   const half *ln1_w, *ln1_b, *ln2_w, *ln2_b;  // [C]
   const half *w_qkv, *b_qkv;                  // [NH][3][HS] rows, and as many biases
   const half *w_out, *b_out;                  // [NH][HS] rows, [C]
@@ -359,30 +376,30 @@ struct Layer {  // weights in fp16, which no launch writes; every matrix is rows
   const half *w_down, *b_down;                // [MLP] rows, [C]
 };
 
-struct alignas(16) Maxima { unsigned long long best, drawn; };  // of (5), chapter 9
-struct State {  // what a launch leaves to the next one
+struct alignas(16) Maxima { unsigned long long best, drawn; };  // two maxima over the grid: chapter 9
+struct State {  // what one launch passes to the next one
   int token;           // the token to be read next; -1 if the last logits were not finite
   int position;        // tokens in the cache
-  unsigned steps;      // layers that are done; if odd, x is in the second residual buffer
-  unsigned votes;      // how often the grid has voted: (5), chapter 9
-  unsigned counter;    // of (5): blocks that have voted
-  Maxima maxima[3];    // of (5): the vote now, the next one, and the last one
-  longlong2 tally[2];  // of (6), chapter 9
+  unsigned steps;      // layers computed so far; if odd, x is in the second buffer
+  unsigned votes;      // votes of the grid so far: chapter 9
+  unsigned counter;    // counts the blocks that have voted: chapter 9
+  Maxima maxima[3];    // of this vote, the next vote and the vote before: chapter 9
+  longlong2 tally[2];  // two sums over the grid, for top-k and top-p: chapter 9
 };
 
-struct Settings {  // of the sampler, written by the host: chapter 9
+struct Settings {  // how to draw tokens; the host writes it: chapter 9
   unsigned long long seed;
   double top_p;        // 1 keeps all tokens
   float temperature;   // 0 takes the likeliest token
   unsigned top_k;      // V keeps all tokens
 };
 
-struct Failure { int sync, block, layer, seen; };  // host memory: of a launch that gave up, chapter 16
+struct Failure { int sync, block, layer, seen; };  // in host memory, see chapter 16
 
 struct Model {  // the kernel's parameter: pointers only, the same in every launch
   Layer layers[L];
   const half *embed_in, *lnf_w, *lnf_b, *embed_out;  // [V] rows, [C], [C], [V] rows
-  const float *rope_cos, *rope_sin;                  // [CTX][ROT / 2], of the RoPE angles of each position
+  const float *rope_cos, *rope_sin;                  // [CTX][ROT / 2] of the RoPE angles of each position
   half* cache;                   // [L][2][NH][CTX][HS] keys and values
   long long* residual;           // [2][C] the two buffers of x (chapter 8)
   float* logits;                 // [V]
@@ -398,23 +415,26 @@ __device__ half* cache_row(const Model& m, int layer, int kv, int head, int toke
   return m.cache + (((size_t)(layer * 2 + kv) * NH + head) * CTX + token) * HS;
 }
 
-// ---- Where things lie: one block's shared memory, 232192 bytes -------------------------------------------
-// The ring gets what is left: 205 KB, 10 slots. FIXED_BYTES is at least the size of everything else: x, sums
-// and warp_o; 25 * HS bytes for qkv, peer_o, q, k_new, v_new and the RoPE angles; the other arrays with an
-// entry for each warp; and 512 bytes for all small things.
+// ---- Memory layout: one block's shared memory, 232192 bytes ----------------------------------------------
+// FIXED_BYTES is at least the size of everything but the ring. The ring gets the rest: 10 slots, 205 KB.
+//     4 * (C + TEAMS * C + WARPS * HS)      x; sums; warp_o
+//     25 * HS                               qkv, peer_o, q, k_new, v_new, and RoPE's angles
+//     WARP_BYTES                            warp_top, warp_l and warp_votes; warp_dots and warp_stats
+//     512                                   all small things
+// A slot needs room for its rows, its biases and two mbarriers of 8 bytes.
 constexpr int WARP_BYTES = 24 * WARPS + 8 * (ROWS + 1) * TEAMS * TEAM_WARPS;  // [960]
 constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS) + 25 * HS + WARP_BYTES + 512;
 constexpr int SLOTS = (SHARED_BYTES - FIXED_BYTES) / (SLOT_BYTES + 2 * TILE_BIASES + 16);  // [10]
 
-// Come back to this list when a chapter uses a name from it. Copies by the producer, and loads of 16 bytes at
-// once, need addresses that are multiples of 16.
+// Come back to this list when a chapter uses a name from it. Addresses have to be multiples of 16 where the
+// producer copies to, and where a thread loads 16 bytes at once.
 struct alignas(128) Shared {                        // bytes       chapter, and what
   half ring[SLOTS][HALF_TILE_ROWS * C];             // 10 x 20480  5  rows of weights; or keys and values
-  alignas(16) half bias[SLOTS][TILE_BIASES];        // 10 x 32     5  a tile's biases, beside its first slot
-  alignas(16) float sums[K * TEAMS][OWN];           // 10240       7  y from every rank, this rank's columns
+  alignas(16) half bias[SLOTS][TILE_BIASES];        // 10 x 32     5  biases of the tile that begins there
+  alignas(16) float sums[K * TEAMS][OWN];           // 10240       7  y of all ranks, this rank's columns
   alignas(16) float x[C];                           // 10240       8  x, read once for all threads
   float qkv[3 * HS];                                // 960         7  q, k, v of a head, from all ranks
-  float peer_o[K][OUT_ROWS], peer_top_l[K][2];    // 336         7  attention's results, from all ranks
+  float peer_o[K][OUT_ROWS], peer_top_l[K][2];      // 336         7  attention's results, from all ranks
   alignas(16) float q[HS];                          // 320         7  q, rotated and scaled
   alignas(16) half k_new[HS], v_new[HS];            // 320         7  the new token's k and v, as in the cache
   float warp_o[WARPS][HS], warp_top[WARPS],
@@ -422,38 +442,38 @@ struct alignas(128) Shared {                        // bytes       chapter, and 
   float warp_dots[2][TEAMS][ROWS][TEAM_WARPS];      // 640         4  a tile's dot products, from every warp
   float warp_stats[TEAMS][TEAM_WARPS][2];           // 80          6  LayerNorm's statistics, from every warp
   float rope_cos[ROT / 2], rope_sin[ROT / 2];       // 80          10 RoPE's angles at this position
-  ulonglong2 warp_votes[WARPS], agreed;             // 176         9  of every warp, and of the grid
-  longlong2 tally_before[2];                        // 32          9  State::tally, as the last (6) left it
+  ulonglong2 warp_votes[WARPS], agreed;             // 176         9  votes of every warp, and of the grid
+  longlong2 tally_before[2];                        // 32          9  State::tally after the tally before
   Settings settings;                                // 24          9
   float candidate;                                  // 4           9  the logit of the token in agreed
-  unsigned votes, tallies;                          // 8           9  how many there have been; thread 0's
+  unsigned votes, tallies;                          // 8           9  numbers so far; for thread 0 only
   Plan plan;                                        // 44          10
   Share rows;                                       // 20          10 the block's rows of the LM head
-  int layer;                                        // 4           16 the layer that a failure is reported in
+  int layer;                                        // 4           16 the layer that a failure report names
   uint64_t full[SLOTS], empty[SLOTS];               // 160         5  (F), (E)
-  uint64_t qkv_ready, attention_ready, sums_ready;      // 24          7  (1), (2), (3)
-  uint64_t token_ready, workers_done;               // 16          9  (h); 16
+  uint64_t qkv_ready, attention_ready, sums_ready;  // 24          7  (1), (2), (3)
+  uint64_t token_ready, workers_done;               // 16          9  (h); chapter 16: all workers are done
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory: FIXED_BYTES is wrong");
 
 // 4. dot tile and axpy tile ===============================================================================
-// The problem. To add up the products of a row, all 320 threads have to be combined. Within a warp, a thread
-// can read a register of another one, which is called a *shuffle*. A thread's number in its warp is its
-// *lane*. To combine all 32 lanes takes a chain of 5 shuffles: from the lane 1 away, then 2, 4, 8 and 16
-// away, each waiting for the one before. Then the 10 warps exchange their sums through shared memory, with a
-// sync. Done for every single row, this *reduction* would take longer than memory needs to deliver the row.
+// The problem. A dot product has parts in all 320 threads, and these parts have to be added up. Within a
+// warp, one thread can read a register of another thread, which is called a *shuffle*. A thread's number in
+// its warp is its *lane*. Adding up 32 lanes takes 5 shuffles, one after another: with the lane at distance
+// 1, then 2, 4, 8 and 16. Then the 10 warps exchange their sums through shared memory, which takes a sync.
+// All this is called a *reduction*. One reduction takes longer than memory needs to deliver one row.
 //
-// The answer. Combine 8 rows at once, a *tile*. All workers first multiply their columns of 8 rows, and keep
-// 8 sums in registers. Then one reduction serves all 8 rows. With 2 rows a tile, a token takes 1984 us; with
-// 4, 1236; with 8, 1204. With 16, shared memory holds only two tiles at a time: 1272 -> 2132 us.
+// The answer. A *tile* of 8 rows shares one reduction. All workers first multiply their columns of 8 rows,
+// and keep 8 sums in registers. Then they reduce all 8 sums together. With tiles of 2 rows a token takes 1984
+// us, with 4 rows 1236, with 8 rows 1204. Tiles of 16 rows are too large, because only two of them fit into
+// the ring: a token takes 2132 us instead of 1272.
 //
-// This chapter takes it for granted that the next tile is in shared memory. In 2.8b, TEAMS and PIECES are 1,
-// so `team` is 0, and a loop over p runs once.
+// This chapter assumes that the next tile is already in shared memory.
 
-// half is fp16. A uint4 is any 16 bytes, here 8 halfs; a half2 is two.
+// CUDA's types: half is a number in fp16, half2 is two of them, and uint4 is any 16 bytes, here 8 halfs.
 __device__ const uint4& as16(const half* p) { return *reinterpret_cast<const uint4*>(p); }
 __device__ float2 widen2(const half* h) { return __half22float2(*reinterpret_cast<const half2*>(h)); }
-// 8 numbers in fp16 to fp32. Weights, k and v are fp16, but all products and sums are fp32.
+// Converts 8 numbers from fp16 to fp32. Weights, k and v are fp16, but all products and sums are fp32.
 __device__ void widen(const uint4& w, float* f) {
   const half* halfs = reinterpret_cast<const half*>(&w);
   for (int i = 0; i < 4; i++) {
@@ -473,17 +493,18 @@ __device__ void axpy8(float a, const uint4& w, float* y) {
   for (int i = 0; i < 8; i++) y[i] = fmaf(a, f[i], y[i]);
 }
 
-// Adds up 8 sums over the 32 lanes of a warp. If every lane kept all 8 sums through all 5 steps, this would
-// take 40 shuffles. But two lanes that exchange sums can share the rows between them. With 2 rows, lane 0 has
-// a0 for row 0 and b0 for row 1, and lane 1 has a1 and b1:
-//     lane 0 gives b0, gets a1, and has a0 + a1: row 0
-//     lane 1 gives a0, gets b1, and has b0 + b1: row 1
-// With 8 rows, a lane gives 4 of its sums to the lane 4 away, then 2 to the lane 2 away, then 1 to its
-// neighbour. Now it has a single row, summed over 8 lanes. Two more shuffles add the lanes 8 and 16 away.
-// This takes 4 + 2 + 1 + 2 = 9 shuffles, and lane l ends with row l % 8.
+// Adds up 8 sums over the 32 lanes of a warp. If every lane kept all 8 sums in all 5 steps, this would take
+// 40 shuffles. Instead, two lanes swap half of their sums in each step. Each adds what it gets to the half
+// that it keeps, so the number of sums halves: 8, 4, 2, 1. The last of these steps, in lanes 0 and 1, with
+// sums a0 and a1 of one row, b0 and b1 of another:
+//     lane 0 gives b0, gets a1, and keeps a0 + a1
+//     lane 1 gives a0, gets b1, and keeps b0 + b1
+// After three steps, with lanes at distance 4, 2 and 1, a lane has a single row, summed over 8 lanes. Two
+// more shuffles add the lanes at distance 8 and 16. This takes 4 + 2 + 1 + 2 = 9 shuffles, and lane l ends
+// with row l % 8.
 //
-// __shfl_xor_sync(~0u, v, n) returns the v of the lane whose number is this lane's xor n. `#pragma unroll`
-// writes a loop out, so that the elements of its array can be registers.
+// __shfl_xor_sync(~0u, v, n) returns the v of the lane whose number is this lane's number xor n. `#pragma
+// unroll` unrolls the loop. Only then can the compiler keep v[] in registers.
 __device__ float reduce_rows(float (&v)[ROWS], int lane) {
   for (int apart = ROWS / 2; apart >= 1; apart /= 2) {
     const bool upper = lane & apart;  // the upper lane of two keeps the upper half of the rows
@@ -495,33 +516,35 @@ __device__ float reduce_rows(float (&v)[ROWS], int lane) {
   return v[0];
 }
 
-// Waits until `threads` threads of the block have called it with the same id. CUDA's own __syncthreads would
-// also wait for the producer, which must not stop.
+// A barrier: waits until `threads` threads of the block have called it with the same id. CUDA's own
+// __syncthreads would also wait for the producer, which must not stop.
 __device__ void named_barrier(int id, int threads);
 __device__ void workers_sync() { named_barrier(1, WORKERS); }
 __device__ void team_sync(int team) { named_barrier(TEAMS == 1 ? 1 : 2 + team, TEAM); }
 
-// Piece p of this thread's columns of a row in the current slot.
+// This thread's columns (their piece p) of one row in the current slot.
 __device__ uint4 Worker::weights(int slot_row, int p) const {
   return as16(&s.ring[ring.slot][slot_row * C + column(8 * p)]);
 }
 
-// DOT TILE. Returns the dot product of `in` with one row of the next tile, plus its bias.
-//   math    row r . in + bias[r], for the n rows of the tile; `in` is a vector, of which each thread has 8
-//           columns
-//   who     all workers multiply; afterwards, lane l of every warp has the result of row l % 8
+// DOT TILE. Multiplies the rows of the next tile by the vector `in`.
+//   math    dot(row r, in) + bias[r], for the n rows of the tile
+//   who     every worker multiplies its 8 columns; then lane l of every warp gets the result of row l % 8
+//   bytes   n * C * 2 from shared memory, 41 KB for 8 rows
 //   syncs   (F) (E) for each half of the tile, see chapter 5; (c) once
-// The tile arrives in two slots, a half tile in each. So the first slot can be filled again while this
-// function reads the second one: 1276 -> 1272 us, and 480 -> 464 us for pythia-1b.
+// A tile arrives in two slots, so the producer can fill the first slot again while this function reads the
+// second one. With one slot for the whole tile, a token takes 1276 us instead of 1272.
 //
-// (c) makes every warp wait until all 10 warps have left their sums in shared memory. The next tile will
-// overwrite these sums, and one might expect a second sync before that. Instead, two arrays alternate,
-// warp_dots[0] and warp_dots[1]. A warp that writes to the same array again, two tiles later, has passed (c)
-// of the tile in between. Every warp has arrived there, and had read the array before.
+// At (c) every warp waits until all 10 warps have written their sums to shared memory. No second sync
+// protects these sums from the next tile, because two arrays alternate, warp_dots[0] and warp_dots[1]:
+//   1. Tile 1 writes array 0. All warps pass (c), and then read array 0.
+//   2. Tile 2 writes array 1. A warp arrives at its (c) only after the warp has read array 0.
+//   3. Tile 3 writes array 0 again, after (c) of tile 2. So all warps have read it.
 //
-// A last tile may have only n < 8 rows. The loop multiplies 8 all the same, some of them old bytes. A branch
-// for every row would cost more than the row, because loads could no longer start together. Nothing uses the
-// results of rows from n on. Biases begin `skip` places into what was copied, see Producer::rows.
+// The last tile may have only n < 8 rows. The loop still multiplies whole half tiles, with old bytes in place
+// of missing rows, and nothing uses their results. A test for each row would cost more, because the compiler
+// could no longer issue the loads of all rows first. `skip` is the place where the tile's biases begin, see
+// Producer::rows.
 __device__ float Worker::dot_tile(const Columns& in, int n, int skip, bool has_bias) {
   float dots[ROWS] = {}, bias = 0;
   for (int half_tile = 0; half_tile < HALF_TILES; half_tile++) {
@@ -551,13 +574,15 @@ __device__ float Worker::dot_tile(const Columns& in, int n, int skip, bool has_b
   return sum + bias;
 }
 
-// AXPY TILE. Adds the rows of the next tile, each times its number, to y.
-//   math    y += a_r * row r, for the n rows of the tile
-//   who     every worker, for its own columns of y; lane l brings the a of row l % 8
-//   syncs   (F) (E) for each half tile. Nothing crosses threads but a, by a shuffle within the warp
-// dot_tile leaves its results in just these lanes, so the two fit together. __shfl_sync(~0u, a, r) is lane
-// r's a. Rows from n on get a = 0. That is not enough: old bytes may be NaN, and 0 * NaN is NaN. So the
-// thread reads a row that exists in their place.
+// AXPY TILE. Adds the rows of the next tile, each times its factor, to y.
+//   math    y += factor[r] * row r, for the n rows of the tile
+//   who     every worker, for its own columns of y
+//   bytes   n * C * 2 from shared memory, 41 KB for 8 rows
+//   syncs   (F) (E) for each half tile
+// Lane l holds the factor of row l % 8 in its argument `a`. dot_tile leaves its results in just these lanes.
+// A shuffle, __shfl_sync(~0u, a, r), returns lane r's factor. Missing rows, from n on, get the factor 0. That
+// is not enough, because old bytes may be NaN, and 0 * NaN is NaN. So for a missing row the thread reads row
+// 0 of the half tile.
 __device__ void Worker::axpy_tile(float a, int n) {
   if (row >= n) a = 0;
 #pragma unroll
@@ -575,40 +600,48 @@ __device__ void Worker::axpy_tile(float a, int n) {
 }
 
 // 5. The ring =============================================================================================
-// The problem. Of 4.65 TB/s, a processor's fair share is 35.2 KB in each us. Memory answers a request only
-// after a while, so it is busy only if many requests are on their way at any time. If workers loaded weights
-// themselves, everything on its way would need registers, and no loads would start while workers wait at (4).
+// The problem. Memory answers a request only after some time, so many requests have to be on their way at any
+// moment. A processor's share of 4.65 TB/s is 35.2 KB in each us. So for every us that an answer takes, 35.2
+// KB have to be on their way. If workers loaded weights themselves, these bytes would need 28 registers of
+// each worker. And no loads would start while workers wait at (4).
 //
-// The answer. One thread, the producer, starts *bulk copies* from global into shared memory: one instruction
-// copies 20 KB, and hardware does the rest. Their target is a *ring* of 10 slots of 20 KB. The producer fills
-// slots 0, 1, ... 9, 0, 1, ..., and the workers empty them in the same order. Weights do not depend on x, so
-// the producer waits for nothing but an empty slot. While workers wait at (4), it goes on with the rows of
-// the next layer; during (5), with those of the next token.
+// The answer. One thread, the producer, starts *bulk copies* from global into shared memory. One instruction
+// copies up to 20 KB, and hardware does the rest. The copies go to a *ring* of 10 slots of 20 KB. The
+// producer fills slots 0, 1, ... 9, 0, 1, ..., and the workers empty them in the same order. Weights do not
+// depend on x, so the producer runs ahead as long as there is an empty slot. While workers wait at (4), it
+// copies rows of the next layer. While workers wait at (5), it copies rows for the next token. (It waits for
+// two other things: once a token, at (h), for the keys and values of the token before; and for the clock,
+// chapter 15.)
 //
-// What this gains. The ring holds 205 KB, 5.8 us of reading. Memory does not notice a wait that is shorter.
-// Rings with 1, 2, 3 slots less: 1252 -> 1262, 1274, 1286 us. Copies of 1 KB, not 20: 1271 -> 2380 us.
+// What this gains. The ring holds 205 KB, which is 5.8 us of reading, so shorter waits do not interrupt the
+// reading. With 9, 8 and 7 slots a token takes 1262, 1274 and 1286 us instead of 1252. With copies of 1 KB it
+// takes 2380 us instead of 1271.
 //
-// Each slot needs two syncs: (F), it is full, so workers may read it; and (E), it is empty, so the producer
-// may fill it. Without (F), workers would multiply bytes that are not there yet; without (E), bytes of a
-// later tile. Both are *mbarriers*, variables in shared memory that threads can wait for:
-//   1. An mbarrier counts in phases 0, 1, 2, ... A phase completes when as many arrivals have come as
-//      barrier_init said, and all announced bytes have landed. Then the next phase begins.
-//   2. barrier_arrive is an arrival. barrier_expect is an arrival that also announces bytes. The bytes of a
-//      bulk copy count themselves as they land.
-//   3. The parity of a phase is its number modulo 2. barrier_open(b, parity) asks: is the phase with this
-//      parity still open? A waiting thread keeps the parity that it waits for, and flips it after each wait.
-//   4. One bit is enough, as long as no phase can complete before all waiting threads have seen the last one.
-// When a thread has seen that a phase is complete, it also sees the data that the phase was about.
+// Each slot needs two syncs:
+//   (F) the slot is full, so workers may read it. Without (F), they would multiply bytes of an earlier tile
+//   (E) the slot is empty, so the producer may fill it. Without (E), it would overwrite rows still in use
+// Both are *mbarriers*, variables in shared memory on which threads can wait:
+//   1. An mbarrier counts phases 0, 1, 2, ... A phase is complete after the number of arrivals that was given
+//      to barrier_init, and after all announced bytes have landed. Then the next phase begins.
+//   2. barrier_arrive is an arrival. barrier_expect is an arrival that also announces bytes. The hardware
+//      counts the bytes of a bulk copy when they land.
+//   3. A phase is named by its *parity*, its number modulo 2. barrier_open(b, parity) says whether the phase
+//      with this parity is still open. After each wait, a thread flips the parity that it waits for.
+//   4. One bit is enough if no phase can complete before all threads have seen that the phase before it is
+//      complete.
+//   5. A thread that has seen a phase complete can read all that was written before the phase's arrivals, and
+//      all bytes that were announced.
 //
 // full[slot] needs 1 arrival, the producer's, and the bytes of its copies. empty[slot] needs 10 arrivals, one
-// of each warp of workers. Rule 4 holds, because a slot is filled again only after all warps have emptied it.
+// from each warp of workers. Rule 4 holds, because the producer fills a slot again only after all warps have
+// emptied it.
 
 __device__ void barrier_init(uint64_t* b, int arrivals);
 __device__ void barrier_arrive(uint64_t* b);
 __device__ void barrier_expect(uint64_t* b, uint32_t bytes);
-__device__ bool barrier_open(uint64_t* b, uint32_t parity, bool by_peers = false);  // peers: see chapter 7
+__device__ bool barrier_open(uint64_t* b, uint32_t parity, bool by_peers = false);  // peers: chapter 7
 
-__device__ void Ring::advance() {  // `parity` is that of the round: 0, then 1, then 0 again
+__device__ void Ring::advance() {  // parity is 0 in the first trip around the ring, 1 in the second, 0 again
   if (++slot == SLOTS) { slot = 0; parity ^= 1; }
 }
 
@@ -622,55 +655,55 @@ __device__ void Worker::release() {
   ring.advance();
 }
 
-// Other waits for a peer or for the producer have a limit, PATIENCE. When it has passed, something is wrong,
-// and the launch ends with an error instead of hanging (chapter 16). (F) has none, because it is too
-// frequent to look at a clock each time: 1254 -> 1249 us.
+// The producer's waits, and waits for other blocks, have a limit, PATIENCE. After it, the launch ends with an
+// error instead of hanging (chapter 16). (F) has no limit, because a look at the clock in each of these many
+// waits costs 5 us: a token takes 1254 us with it, and 1249 without.
 constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
-enum SyncId {  // in Failure::sync
+enum SyncId {  // numbers of syncs in Failure::sync; (F) is 6, and (6) is SYNC_TALLY
   SYNC_QKV = 1, SYNC_ATTENTION, SYNC_SUMS, SYNC_X, SYNC_VOTE, SYNC_FULL, SYNC_EMPTY, SYNC_TOKEN, SYNC_TALLY
 };
 __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t parity, SyncId sync);
 __device__ void give_up(Failure* failure, int sync, int layer, int seen);  // reports, and ends the launch
 
 constexpr int KV_TOKENS = SLOT_BYTES / (4 * HS);  // cached tokens in a slot: half k, half v [64]
-constexpr int CLOCK_NS = 32;                 // how often the clock of all blocks, global_ns, advances
+constexpr int CLOCK_NS = 32;                 // step of global_ns, the clock that all blocks share
 __device__ unsigned long long global_ns();
-__device__ uint64_t read_once_policy();      // for the copied bytes: chapter 17
+__device__ uint64_t read_once_policy();      // a hint to the cache for copied bytes: chapter 17
 __device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint64_t policy);
-__device__ void order_copies();              // later copies see all that this thread has seen
+__device__ void order_copies();              // orders later copies after this thread's earlier loads
 
-// RULE. A slot has no label. The order alone says what is in it: the producer has to copy exactly the tiles
-// that Worker::run uses, in the same order. So layers() below mirrors run(), line by line.
+// RULE. A slot has no label that says what is in it. The order alone does: the producer has to copy exactly
+// the tiles that Worker::run uses, in the same order. So layers() below has the same loops as run().
 //
-// What if the two disagree? If the order differs, workers multiply wrong rows, and the results are wrong.
-// Nothing in the kernel notices, but the tests do, which compare every stage with float64. If the number of
-// tiles differs, one side waits for a slot in vain. After some seconds the launch then ends with an error
-// about (F) or (E).
+// If the order is wrong, workers multiply wrong rows. The tests notice this, because they compare every stage
+// with float64. If the number of tiles is wrong, workers or the producer wait in vain, and after some seconds
+// the launch ends with an error about (F) or (E).
 struct Producer {  // one thread of each block
   const Model& m;
   Shared& s;
   const uint64_t policy = read_once_policy();
   Ring ring;
-  uint32_t token_parity = 0;             // of (h)
-  unsigned long long earliest_ns = 0;    // the time before which no copy may start
+  uint32_t token_parity = 0;             // parity of (h)
+  unsigned long long earliest_ns = 0;    // no copy may start before this time
 
-  // Waits until the next slot is empty, then until it is time for the copy (chapter 15), and announces its
-  // bytes. In the first round all slots are empty. There the wait is for parity 1, and for a new mbarrier
-  // this counts as complete.
+  // Waits until the next slot is empty and until it is time for the copy (chapter 15). Then announces the
+  // copy's bytes. In the first trip around the ring, the wait for an empty slot has to pass at once. It does,
+  // because it waits for parity 1 while a new mbarrier is in phase 0. Parity 1 then means the phase before
+  // phase 0, which counts as complete.
   __device__ void claim(uint32_t bytes) {
     wait(m, s, &s.empty[ring.slot], ring.parity ^ 1, SYNC_EMPTY);  // (E)
     unsigned long long now;
     while ((now = global_ns()) < earliest_ns && earliest_ns - now < 1'000'000) {}
-    earliest_ns = max(earliest_ns, now - CLOCK_NS) + bytes * gridDim.x / PACE;
+    earliest_ns = max(earliest_ns, now - CLOCK_NS) + bytes * gridDim.x / PACE;  // PACE: bytes a ns
     barrier_expect(&s.full[ring.slot], bytes);  // (F)
   }
   __device__ void copy(void* to, const void* from, uint32_t bytes) {
     bulk_copy(to, from, bytes, &s.full[ring.slot], policy);
   }
 
-  // Rows first .. last - 1 of a matrix, with biases if there are any. The biases of a tile come with its
-  // first slot. A copy has to start at a multiple of 16 bytes, which is 8 biases. So it may begin up to 7
-  // biases early, and the workers skip these.
+  // Copies rows first .. last - 1 of a matrix, and their biases if there are any. The biases of a tile come
+  // with its first slot. A copy has to start at a multiple of 16 bytes, which is 8 biases. So the copy of the
+  // biases begins up to 7 biases early, and the workers skip these.
   __device__ void rows(const half* matrix, const half* bias, int first, int last) {
     for (int row = first; row < last; row += TILE_ROWS) {
       const int n = min(TILE_ROWS, last - row), skip = row % 8;
@@ -685,7 +718,7 @@ struct Producer {  // one thread of each block
     }
   }
 
-  // Hidden units: a tile of up rows, then the same tile of down rows.
+  // Copies hidden units: a tile of up rows, then the down rows of the same units, and so on.
   __device__ void units(const Layer& w, const Share& share, int& done, int end) {
     for (; done < end; done += TILE_ROWS) {
       const int unit = share.at(done), last = unit + min(TILE_ROWS, end - done);
@@ -694,8 +727,8 @@ struct Producer {  // one thread of each block
     }
   }
 
-  // Keys and values of cached tokens first .. last - 1, 64 tokens a slot. The new token is not among them:
-  // its k and v are not in the cache yet, and S5 takes them from shared memory.
+  // Copies keys and values of cached tokens first .. last - 1, 64 tokens a slot. The new token is not among
+  // them, because its k and v are not in the cache yet. S5 takes these from shared memory.
   __device__ void cached_tokens(const half* k, const half* v, int first, int last) {
     for (int t = first; t < last; t += KV_TOKENS) {
       const int bytes = min(KV_TOKENS, last - t) * HS * 2;
@@ -706,8 +739,8 @@ struct Producer {  // one thread of each block
     }
   }
 
-  // All layers of one token. `plan` is an argument because the producer may already be at the next token, for
-  // which the cache holds one token more.
+  // Copies all that the layers of one token need. The producer has a plan of its own, because it may already
+  // be at the next token, when the workers' plan is still for this one.
   __device__ void layers(const Plan& plan, int first_layer, int last_layer, bool is_first_token) {
     for (int layer = first_layer; layer < last_layer; layer++) {
       const Layer& w = m.layers[layer];
@@ -717,9 +750,9 @@ struct Producer {  // one thread of each block
         rows(w.w_qkv, w.b_qkv, qkv, qkv + QKV_ROWS);                      // S2
         units(w, plan.units, done, min(done + plan.filler, plan.units.count));  // S8
 
-        // Cached tokens are the only data here that the last token has changed. So before it copies the first
-        // ones of a token, the producer waits until the token before is finished: (h). Then it runs ahead
-        // again.
+        // Of all that is copied, only cached keys and values depend on the tokens before. So before the first
+        // of these copies for a new token, the producer waits until the workers have finished the token
+        // before: (h). Then it runs ahead again.
         if (!is_first_token && layer == 0 && h == plan.cluster) {
           wait(m, s, &s.token_ready, token_parity, SYNC_TOKEN);           // (h)
           token_parity ^= 1;
@@ -738,12 +771,12 @@ struct Producer {  // one thread of each block
 
 // 6. LayerNorm and hidden units: the MLP is complete ======================================================
 
-// Loads 16 bytes that no launch writes, at this point of the program. The compiler would move a plain load
-// down to its first use, behind the sync that the load should overlap.
+// Loads 16 bytes that no launch writes. The compiler cannot move this load. It would move a plain load down
+// to its first use, after the next sync, but the load should run during that sync.
 __device__ uint4 load16(const half* p);
 
-// Gains and biases of a layer's two LayerNorms, this thread's columns. Layer L is the final LayerNorm. The
-// loop calls this before the wait for x, so that the 20 KB of a block arrive during the wait.
+// Loads this thread's columns of the gains and biases of a layer's two LayerNorms. Layer L stands for the
+// final LayerNorm. The loop calls this function before the wait for x, so that the loads run during the wait.
 __device__ Norms Worker::load_norms(int layer) const {
   const Layer& w = m.layers[min(layer, L - 1)];
   Norms n;
@@ -759,16 +792,18 @@ __device__ Norms Worker::load_norms(int layer) const {
 
 // S1 LAYERNORM
 //   math    x <- (x - mean) / sqrt(variance + eps); then xn1 = x * w1 + b1 and xn2 = x * w2 + b2
-//   who     every block, for itself. If one block did it for all, a second sync of the grid would follow
+//   who     every block, for itself. If one block did it for all, all blocks would have to wait once more
 //   bytes   8 * C, 20 KB
 //   syncs   (b) makes every warp wait for the statistics of all warps
 //
 // The usual formula for the variance, E[x^2] - E[x]^2, subtracts two large numbers if the mean is large. So a
-// thread first takes the mean of its 8 values, and then adds up the squared distances to this mean. Two
-// groups of n values, with a mean and such a sum each, merge exactly (Chan, Golub, LeVeque 1979):
-//     mean = (mean_a + mean_b) / 2,   squares = squares_a + squares_b + (mean_a - mean_b)^2 * n / 2
-// Groups merge lane by lane within a warp; then every thread merges the 10 warps. After (b), warp_stats is
-// not written again before (g) of the next layer, when all have read it.
+// thread first computes the mean of its 8 values, and then adds up the squared distances to this mean. Two
+// groups a and b of n values each can be merged exactly (Chan, Golub, LeVeque 1979):
+//     mean    = (mean_a + mean_b) / 2
+//     squares = squares_a + squares_b + (mean_a - mean_b)^2 * n / 2
+// First the lanes of a warp are merged, in pairs. Then every thread merges the results of the 10 warps, which
+// are in warp_stats. No sync is needed before the next layer writes warp_stats again, because all workers
+// pass at least one more barrier together in between.
 constexpr float LN_EPS = 1e-5f;
 
 __device__ void Worker::normalize(Columns& x) const {
@@ -778,7 +813,7 @@ __device__ void Worker::normalize(Columns& x) const {
   mean /= n;
   for (int i = 0; i < COLS; i++) squares += (x[i] - mean) * (x[i] - mean);
 
-  // Merge with the lane 1 away, then 2, 4, 8 and 16 away.
+  // Merge with the lane at distance 1, then 2, 4, 8 and 16.
   for (int apart = 1; apart < LANES; apart *= 2) {
     const float other = __shfl_xor_sync(~0u, mean, apart);
     squares += __shfl_xor_sync(~0u, squares, apart) + (other - mean) * (other - mean) * (0.5f * n);
@@ -809,13 +844,14 @@ __device__ void Worker::affine(const Columns& x, const uint4* gain, const uint4*
 }
 
 // S8 HIDDEN UNITS
-//   math    h_j = gelu(up row j . xn2 + b_j), y += h_j * down row j
-//   who     a block, for its units. No other block needs h_j
+//   math    h_j = gelu(dot(up row j, xn2) + b_j), y += h_j * down row j
+//   who     each block, for its own units. No other block needs h_j
 //   bytes   4 * C for a unit, 10 KB
 //   syncs   (F) (E) for each half tile; (c) for each tile
-// Units need nothing but x. So they are also the work that fills a wait: the loop does some of them while q,
-// k and v, or o, are on their way. Pythia is trained with gelu(a) = a / 2 * (1 + erf(a / sqrt 2)). The
-// approximation by tanh, which is common elsewhere, differs from it by up to 5e-4.
+// Units need nothing but x, so they also fill waits: the layer loop does some of them while q, k and v are on
+// their way to the other rank, and some more during the exchange of attention's results. Pythia is trained
+// with gelu(a) = a / 2 * (1 + erf(a / sqrt 2)). The approximation by tanh, common in other models, differs
+// from it by up to 5e-4.
 __device__ void Worker::units(const Columns& xn2, int& done, int end) {
   for (; done < end; done += TILE_ROWS) {
     const int unit = s.plan.units.at(done), n = min(TILE_ROWS, end - done);
@@ -827,38 +863,42 @@ __device__ void Worker::units(const Columns& xn2, int& done, int end) {
 }
 
 // 7. A head on a cluster ==================================================================================
-// The problem. Two blocks share a head. Each computes 120 of the 240 rows of q, k, v, but both need all of q
-// for attention. Each attends to half of the tokens, but o needs both halves. And in the end both have a y,
-// although x needs their sum. So the cluster exchanges data three times in a layer.
+// The problem. The two blocks of a cluster share a head. Each computes 120 of the 240 rows of q, k and v, but
+// both need all of q for attention. Each attends to half of the tokens, but o needs both halves. At the end
+// each has a y, and x needs the sum of both. So the cluster exchanges data three times in a layer.
 //
-// The answer is a *push*: a store into another block's shared memory, which a cluster allows. As it lands, it
-// counts its bytes on an mbarrier of the receiving block. The sender does not wait. The receiver waits on its
-// own mbarrier for the number of bytes that it expects. (To read from the other block would cost a round
-// trip. After a plain store, each block would have to wait for the other one at a barrier.)
+// The answer is a *push*: a store into the shared memory of another block of the cluster. When the data
+// lands, the hardware counts its bytes on an mbarrier of the receiving block. The sender goes on at once. The
+// receiver waits on its own mbarrier until all expected bytes have landed. This saves the round trip of a
+// read from the other block, and a barrier of both blocks after a plain store.
 //
-//     sync  inbox                 what is pushed                     to which rank           without the sync
-//     (1)   qkv                   a rank's 120 rows of q, k, v       all                     stale q, k or v
-//     (2)   peer_o, peer_top_l  attention over a rank's 64 tokens  owner of the dimension  tokens are lost
-//     (3)   sums                  a rank's y                         owner of the column     x lacks peers' y
+// An *inbox* is an array into which the blocks of a cluster, the *peers*, push. Each rank also pushes to its
+// own inboxes, so that all parts are handled alike.
 //
-// An *inbox* is an array that pushes go to; a rank pushes to its own inboxes, too. *Peers* are the blocks of
-// one cluster. The first exchange is called ClusterGather, because every rank gets everything. The other two
-// are ClusterReduce: a rank gets what it owns from all ranks, and adds it up. (The names are those of the
-// ClusterFusion paper, arXiv 2508.18850.)
+//     sync  inbox                what each rank pushes             to which rank           without the sync
+//     (1)   qkv                  its 120 rows of q, k, v           all                     stale q, k or v
+//     (2)   peer_o, peer_top_l   attention over its 64 tokens      owner of the dimension  tokens are lost
+//     (3)   sums                 its y                             owner of the column     x lacks peers' y
 //
-// An inbox has no signal that says it is free. It needs none. Before a peer overwrites an inbox, it has
-// waited for a later message from the inbox's block, and that block sends this message only after it has read
-// the inbox. For example, a peer pushes q, k and v again only in the next layer. By then it has passed (2),
-// for which it needed this block's attention results. And this block pushed those after (d), when all its
-// threads had read q, k and v. Chapter 12 tells this again with times, and for the other inboxes.
+// The first exchange is a ClusterGather: every rank gets all parts. The other two are ClusterReduces: each
+// rank gets all parts of what it owns, and adds them up. (These names are from the ClusterFusion paper, arXiv
+// 2508.18850.)
+//
+// An inbox needs no signal that says it is free, because the exchanges come in a fixed order. For qkv, for
+// example:
+//   1. Every thread of this block reads q, k and v, and arrives at (d).
+//   2. After (d), this block pushes its attention results to the peer.
+//   3. The peer waits for these results at (2).
+//   4. Later, in the next layer, the peer pushes into this block's qkv again.
+// Chapter 12 has the other inboxes, and an example with times.
 
 // The address of `place` in the shared memory of another rank. A plain pointer means the block's own memory.
 __device__ uint32_t peer(const void* place, int rank);
 __device__ void push(uint32_t to, float v, uint32_t barrier);
 __device__ void push4(uint32_t to, const float* v, uint32_t barrier);  // 16 bytes at once
 
-// CLUSTERGATHER of one value per lane. Lanes l, l + 8, l + 16 and l + 24 hold the same row after a dot tile,
-// and so does every warp. Warp 0 alone pushes, and of these 4 lanes each takes other ranks.
+// CLUSTERGATHER of the results of one dot tile. Every warp has all 8 results four times, in lanes 0 to 7, 8
+// to 15, 16 to 23 and 24 to 31. Only warp 0 pushes: lanes 0 to 7 to rank 0, and lanes 8 to 15 to rank 1.
 __device__ void Worker::cluster_gather(float* place, float value, bool valid, uint64_t* ready) const {
   if (!valid || team_warp > 0) return;
   for (int r = lane % LANES / ROWS; r < K; r += LANES / ROWS)
@@ -866,11 +906,12 @@ __device__ void Worker::cluster_gather(float* place, float value, bool valid, ui
 }
 
 // S2 QKV
-//   math    q, k, v of head h = its 3*HS rows . xn1 + biases
-//   who     rank r has rows r * QKV_ROWS and on
+//   math    q, k, v of head h = its 3*HS rows times xn1, plus biases
+//   who     rank r computes QKV_ROWS rows, from row r * QKV_ROWS on
 //   bytes   3 * HS * C * 2 / K, 614 KB
 //   syncs   (F) (E) for each half tile; (c) for each tile; (1) later, after some hidden units
-// Every tile is pushed as soon as it is finished. So at (1) only the last tile may still be on its way.
+// The results of a tile are pushed before the next tile begins. So at (1) only the last pushes may still be
+// on their way.
 __device__ void Worker::qkv_rows(const Columns& xn1, int h) {
   // Expect q, k and v from all ranks: 960 bytes.
   if (tid == 0) barrier_expect(&s.qkv_ready, sizeof(s.qkv));  // (1)
@@ -890,12 +931,11 @@ __device__ void Worker::wait_for_qkv() const {
 
 // S3 ROPE, S4 APPEND
 //   math    (a, b) <- (a cos - b sin, b cos + a sin) for dimensions i and i + ROT/2 of q and k, i < ROT/2
-//   who     a thread for each of the 3*HS values, in every rank; the last rank writes k and v to the cache
+//   who     one thread for each of the 3*HS values, in every rank; the last rank writes k and v to the cache
 //   bytes   4 * HS to the cache
-//   syncs   (d) makes all warps wait until q, k and v are rotated, and means that qkv has been read
-// Every rank rotates for itself, because a result from another rank would need one more sync. k and v are
-// rounded to fp16 before S5 uses them: later tokens will see them in the cache like this, so this one does
-// too.
+//   syncs   (d) makes all warps wait until q is rotated and k and v are stored; qkv is then no longer read
+// Every rank rotates for itself, because results from another rank would need one more sync. S5 uses k and v
+// as they are in the cache, rounded to fp16. So this token sees the same k and v as all later tokens.
 __device__ void Worker::rotate_and_append(int layer, int h, int position) const {
   for (int i = tid; i < 3 * HS; i += WORKERS) {
     const int which = i / HS, d = i % HS;  // q, k or v; the dimension
@@ -922,30 +962,32 @@ __device__ void Worker::rotate_and_append(int layer, int h, int position) const 
   workers_sync();  // (d)
 }
 
-// S5 ATTEND. Its softmax takes tokens a few at a time ("online softmax") and works with powers of 2:
-//   1. A set of tokens with scores s_t has three results: top = max s_t, l = sum of 2^(s_t - top), and
-//      o = sum of 2^(s_t - top) * v_t. The attention output of the set is o / l.
-//   2. Two sets merge: take the larger top, multiply each set's l and o by 2^(its top - larger top), add.
-//   3. 2^s is one instruction. It equals e^s where q has been multiplied by log2(e) before, which S3 does.
+// S5 ATTEND. The softmax takes tokens a few at a time ("online softmax") and works with powers of 2:
+//   1. A set of tokens with scores score_t has three results: top = max score_t, the sum l of
+//      2^(score_t - top), and the sum o of 2^(score_t - top) * v_t. The attention output of the set is o / l.
+//   2. To merge two sets, take the larger top. Multiply each set's l and o by 2^(its top - larger top). Then
+//      add both l and both o.
+//   3. The GPU computes 2^x in one instruction, but not e^x. So S3 has multiplied q by log2(e).
 //
-//   math    s_t = q . k_t; then top, l, o of this rank's tokens
-//   who     rank r has tokens first_token .. last_token - 1. In a warp, 16 lanes share a token, with 8
-//           dimensions each; a head has 80, so only 10 of these lanes have any. The last rank also takes the
-//           new token, because no rank has fewer cached ones
-//   bytes   4 * HS * T / K, 20 KB; with T = 2048, 328 KB, 9.3 us
-//   syncs   (F) (E) for each slot; (e) makes the last step wait for the results of all warps; (2) later
-// Sets merge three times: those of lanes here, those of warps in push_attention, those of ranks in S6.
-constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // for a token [16]
-constexpr int WARP_TOKENS = 32 / TOKEN_LANES;     // tokens that a warp has at once [2]
+//   math    score_t = dot(q, k_t); then top, l, o of this rank's tokens
+//   who     rank r: tokens first_token .. last_token - 1. The last rank also takes the new token, because no
+//           rank has fewer cached tokens. In a warp, 16 lanes share a token. Of these, 10 have 8 of the 80
+//           dimensions each, and 6 have none
+//   bytes   4 * HS * T / K, 20 KB; with T = 2048, 328 KB, which takes 9.3 us
+//   syncs   (F) (E) for each slot; (e) makes push_attention wait for the results of all warps; (2) later
+// Sets are merged three times: those of lanes here, those of warps in push_attention, those of ranks in S6.
+constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // lanes for a token [16]
+constexpr int WARP_TOKENS = 32 / TOKEN_LANES;     // tokens that a warp takes at once [2]
 
 __device__ void Worker::attend() {
   // Expect results from all ranks.
   if (tid == 0) barrier_expect(&s.attention_ready, sizeof(s.peer_o) + sizeof(s.peer_top_l));  // (2)
 
-  // This lane has dimensions d .. d + 7, of tokens group, group + 2, ... of its warp.
+  // This lane has dimensions d .. d + 7 of one token at a time. In a slot it takes token 2 * warp + group,
+  // and then every 20th token.
   const int d = lane % TOKEN_LANES * 8, group = lane / TOKEN_LANES;
   const bool has_d = d < HS;
-  float q[8], o[8] = {}, top = -1e30f, l = 0;  // of no token yet
+  float q[8], o[8] = {}, top = -1e30f, l = 0;  // results of the empty set
   for (int i = 0; i < 8; i++) q[i] = has_d ? s.q[d + i] : 0.f;
 
   // The last warp of the last rank starts with the new token.
@@ -959,7 +1001,7 @@ __device__ void Worker::attend() {
   }
 
   // For each slot of keys and values:
-  constexpr int STRIDE = WARPS * WARP_TOKENS, BATCH = ceil_div(KV_TOKENS, STRIDE);  // tokens of a lane [4]
+  constexpr int STRIDE = WARPS * WARP_TOKENS, BATCH = ceil_div(KV_TOKENS, STRIDE);  // a lane's tokens [4]
   const int last_token = s.plan.last_token;
   for (int t0 = s.plan.first_token; t0 < s.plan.last_token; t0 += KV_TOKENS) {
     const int n = min(KV_TOKENS, last_token - t0);
@@ -967,8 +1009,9 @@ __device__ void Worker::attend() {
     const half *k = s.ring[ring.slot] + d, *v = k + KV_TOKENS * HS;
     const int base = warp * WARP_TOKENS + group;
 
-    // Compute the scores of up to 4 tokens, and the largest. Two loops, so that all loads start together:
-    // 1369 -> 1341 us at T = 2000.
+    // Compute the scores of up to 4 tokens, and the largest of them. The loads have a loop of their own, so
+    // that none waits for a shuffle. With one loop for both, a token takes 1369 us instead of 1341 at T =
+    // 2000.
     float score[BATCH], higher = top;
     for (int u = 0; u < BATCH; u++) {
       const int t = base + u * STRIDE;
@@ -980,13 +1023,13 @@ __device__ void Worker::attend() {
       if (base + u * STRIDE < n) higher = fmaxf(higher, score[u]);
     }
 
-    // Shrink what is there, and add these tokens.
+    // Merge: shrink the results so far to the new top, and add these tokens.
     const float shrink = exp2f(top - higher);
     top = higher; l *= shrink;
     for (int i = 0; i < 8; i++) o[i] *= shrink;
     for (int u = 0; u < BATCH; u++) {
       const int t = base + u * STRIDE;
-      if (t < n) {  // beyond are old bytes, perhaps NaN
+      if (t < n) {  // later rows hold old bytes, perhaps NaN
         const float e = exp2f(score[u] - top);
         l += e;
         if (has_d) axpy8(e, as16(v + t * HS), o);
@@ -995,7 +1038,7 @@ __device__ void Worker::attend() {
     release();  // (E)
   }
 
-  // Merge the lanes that hold the same dimensions of other tokens.
+  // Merge lanes that hold the same dimensions, but of different tokens.
   for (int apart = TOKEN_LANES; apart < 32; apart *= 2) {
     const float higher = fmaxf(top, __shfl_xor_sync(~0u, top, apart)), shrink = exp2f(top - higher);
     top = higher;
@@ -1011,8 +1054,8 @@ __device__ void Worker::attend() {
   if (tid < HS) push_attention();
 }
 
-// CLUSTERREDUCE of o, first half. Thread d merges o[d] of the 10 warps, and pushes it to the rank that owns
-// dimension d. top and l go to all ranks.
+// CLUSTERREDUCE of o, first half: pushes. Thread d merges o[d] of the 10 warps, and pushes it to the rank
+// that owns dimension d. The block's top and l go to all ranks.
 __device__ void Worker::push_attention() const {
   float top = s.warp_top[0], l = 0, o = 0;
   for (int from = 1; from < WARPS; from++) top = fmaxf(top, s.warp_top[from]);
@@ -1034,13 +1077,12 @@ __device__ void Worker::wait_for_attention() {
   head_parity ^= 1;
 }
 
-// S6 MERGE, S7 OUT ROWS
+// S6 MERGE, S7 OUT ROWS. The second half of the CLUSTERREDUCE of o, and output rows
 //   math    o = sum_r 2^(top_r - top) o_r / sum_r 2^(top_r - top) l_r; then y += o[d] * output row d
-//   who     rank r has dimensions r * OUT_ROWS and on; every warp merges the ones that it needs for itself
+//   who     rank r: OUT_ROWS dimensions, from r * OUT_ROWS on. Every warp merges all o that the rank needs
 //   bytes   HS * C * 2 / K, 205 KB
 //   syncs   (F) (E) for each half tile
-// Results are added in the order of ranks, not in that of their arrival. So the bits are the same in every
-// run.
+// Results are added in the order of ranks, whichever arrives first. So the bits are the same in every run.
 __device__ void Worker::out_rows(int h) {
   // The weight of each rank, and the common denominator.
   float top = s.peer_top_l[0][0], weight[K], l = 0;
@@ -1050,7 +1092,7 @@ __device__ void Worker::out_rows(int h) {
     l = fmaf(weight[r], s.peer_top_l[r][1], l);
   }
 
-  // For each tile: the o of this lane's row, then all rows times their o.
+  // For each tile, merge o for this lane's row. Then add all rows of the tile, each times its o, to y.
   for (int i = 0; i < OUT_ROWS; i += TILE_ROWS) {
     const int n = min(TILE_ROWS, OUT_ROWS - i);
     float o = 0;
@@ -1068,8 +1110,9 @@ __device__ void Worker::out_rows(int h) {
 //   who     every thread pushes its 8 columns to the rank that owns them
 //   bytes   4 * C, 10 KB to the shared memories of the cluster
 //   syncs   (3)
-// Why does the cluster add up first? Additions to one address queue up, so the fewer the better:
-// without this step, 1300 -> 1338 us. Pushes of 16 bytes instead of 4: 1221 -> 1202 us.
+// Why does the cluster add up first? All clusters add to the same words of x. Additions to one word queue up,
+// so fewer additions are better. Without this step a token takes 1338 us instead of 1300. With pushes of 4
+// bytes, and not 16, it takes 1221 us instead of 1202.
 __device__ void Worker::cluster_reduce() {
   if (tid == 0) barrier_expect(&s.sums_ready, sizeof(s.sums));  // (3)
   for (int p = 0; p < PIECES; p++) {
@@ -1083,94 +1126,98 @@ __device__ void Worker::cluster_reduce() {
 }
 
 // 8. x between layers =====================================================================================
-// The problem. 66 clusters add their sums to x, and then all 132 blocks read x. The usual way has three
-// costs:
-//   - Floating-point sums are rounded at every step, so their last bits depend on the order of additions.
-//     Clusters finish in any order, and the same prompt could give another text in another run.
-//   - A counter says when all blocks have added. But a block may count itself only when its own additions
-//     have arrived. While memory is busy, waiting for that takes about 1 us.
-//   - The buffer has to be zero before the next layer's additions, and all blocks have to wait for that.
+// The problem. 66 clusters add their sums to x, and then all 132 blocks read x. The usual way is to add
+// floating-point numbers in a cleared buffer, and to count in a separate counter the blocks that are done.
+// This has three costs:
+//   - Every floating-point addition rounds, so the last bits of a sum depend on the order of additions. This
+//     order changes from run to run, and so the same prompt could give another text.
+//   - A block may increment the counter only after its additions have arrived. While memory is busy, waiting
+//     for their arrival takes about 1 us.
+//   - The buffer has to be cleared before the next layer's additions, and all blocks have to wait for that.
 //
 // The answer to all three is a 64-bit *word* for each column of x. It holds a value and a count:
 //
-//     bits 63 .. 9    the value, an integer that counts 2^-22. Sums of integers do not depend on the order
-//     bits 8 .. 0     the count of additions that the word has had
+//     bits 63 .. 9    the value, an integer in units of 2^-22. Sums of integers do not depend on the order
+//     bits 8 .. 0     the count of additions to this word
 //
-// Behind all processors, in front of global memory, is a cache, *L2*, and it can add. One such atomic
-// addition changes the value and adds 1 to the count at the same moment. When the count says that every
-// cluster has added, the word is *complete*. So each word carries its own counter, and a reader simply reads
-// a word again if its count is too small. No block has to say that it has finished, and none waits for its
-// own additions to arrive: 1233 -> 1203 us.
+// All processors reach global memory through one cache, L2, and L2 can add. A thread sends it an address and
+// a number, and goes on. Such an addition is *atomic*: it changes value and count in one step. When the count
+// shows that every cluster has added, the word is *complete*. A reader that finds a smaller count reads the
+// word again. No block waits for its own additions, and no separate counter is needed. With a separate
+// counter, a token takes 1233 us instead of 1203.
 //
-// CUDA has three strengths of such accesses:
-//   relaxed   the access is atomic, in L2, where all blocks see it. It says nothing about other data
-//   release   an addition that becomes visible only after everything that its thread did before, and that
-//             other threads of the block did before a sync with this thread
-//   acquire   a load. If it sees what a release has added, it also sees everything before that release
-// At (4) the data is its own flag: the count of a word proves that its value is complete. So relaxed is
-// enough. At (5) the flag, a counter, is separate from the data, so (5) needs a release and an acquire.
+// CUDA has three kinds of such accesses:
+//   relaxed   the access is atomic, in L2. It says nothing about other data
+//   release   an addition. It becomes visible after all earlier writes of its thread, and after all writes of
+//             other threads that came before a block sync with this thread
+//   acquire   a load. If it sees the result of a release, then later loads see all writes before that release
+// At (4) relaxed is enough, because the data is its own flag: the count in a word proves that the word's
+// value is complete. At (5) the flag is a counter, separate from the data, so (5) needs a release and an
+// acquire.
 
-__device__ longlong2 load_relaxed(const long long* p);     // two words
-__device__ void add_relaxed(long long* p, long long v);    // the thread does not wait for the addition
+__device__ longlong2 load_relaxed(const long long* p);     // loads two words
+__device__ void add_relaxed(long long* p, long long v);    // does not wait for the addition
 
-// An addition has to be below 65536. A larger one, an infinity or a NaN makes the word NaN (chapter 14).
-//
-// Is x below 65536 in real checkpoints? In PyTorch's fp16 arithmetic x overflows at 65504, so a checkpoint
-// that works in fp16 stays below both. How close real ones come was not measured. Beyond the limit, nothing
-// goes wrong silently: x becomes NaN, and so do the logits; the token is -1, and the host ends the text with
-// an error. (A sum over one cluster, which fp16 arithmetic never forms, has the same limit and the same end.)
+// A number that is added has to be below 65536 in magnitude. If it is larger, infinite or NaN, the word
+// becomes NaN (chapter 14). Then x and the logits become NaN, the token is -1, and the host ends the text
+// with an error. Does this happen with real checkpoints? PyTorch's fp16 arithmetic overflows at 65504, so in
+// a checkpoint that works in fp16, x stays below 65536. How close real checkpoints come was not measured.
 constexpr float FIXED_ONE = 1 << 22, FIXED_LIMIT = 1 << 16;
 constexpr long long FIXED_NAN = 1ll << 47, FIXED_EDGE = 1ll << 46;
-constexpr int COUNT_BITS = 9, LAP = 256, MOST_CLUSTERS = 254;  // why 254: chapter 14
+constexpr int COUNT_BITS = 9, LAP = 256, MOST_CLUSTERS = 254;  // chapter 14 explains 254
 
-__device__ long long to_word(float v) {  // what an addition of v adds to a word
+__device__ long long to_word(float v) {  // what to add to a word, so that its value grows by v
   return (fabsf(v) < FIXED_LIMIT ? __float2ll_rn(v * FIXED_ONE) : FIXED_NAN) * (1 << COUNT_BITS) + 1;
 }
 __device__ float from_word(long long word) {
   const long long value = word >> COUNT_BITS;
   const bool fits = value > -FIXED_EDGE && value < FIXED_EDGE;
-  return fits ? __ll2float_rn(value) * (1 / FIXED_ONE) : __int_as_float(0x7fffffff);  // the latter is NaN
+  return fits ? __ll2float_rn(value) * (1 / FIXED_ONE) : __int_as_float(0x7fffffff);  // else NaN
 }
-// How many additions two words lack until they have the count that is wanted; 0 if both are complete. If they
-// lack different numbers, the result is some number other than 0.
+// Returns 0 if both words have the wanted count, and another number if not. If both words lack the same
+// number of additions, it is this number.
 __device__ unsigned lacking(const longlong2& words, unsigned wanted) {
   return ((wanted - (unsigned)words.x) | (wanted - (unsigned)words.y)) % (1 << COUNT_BITS);
 }
 
-// Which thread sets x to zero? None does. There are two buffers, and they alternate:
+// Which thread clears a buffer? None does. There are two buffers, and they alternate:
 //
-//                    buffer 0                        buffer 1
-//     layer l        x, is read                      an old x, is added to
-//     layer l + 1    an old x, is added to           x, is read
+//                    buffer 0                             buffer 1
+//     layer l        holds x, which blocks read           holds an older x; blocks add to it
+//     layer l + 1    holds an older x; blocks add to it   holds x, which blocks read
 //
-// One thread of the grid for each column is the *carrier* of its word. It adds x - old, where old is what the
-// buffer still holds. The old value cancels, in whatever order the additions come. For example, the buffer
-// holds 5, x is 8, and two clusters add 1 and 2:
+// For each column, one thread of the grid is the *carrier* of the word. It adds x - old, where old is the
+// value that the buffer still holds. The old value cancels, in whatever order the additions arrive. For
+// example, the buffer holds 5, x is 8, and two clusters add 1 and 2:
 //     5 + (8 - 5) + 1 + 2  =  11  =  8 + 1 + 2
 //
-// The same subtraction takes the old count away. The new count starts at 0 in one use of a buffer and at 256
-// (LAP) in the next, so that an old word cannot look complete. In the example, a word gets 3 additions, one
-// of them the carrier's. If the old count is 3, the word is complete at 256 + 3 = 259:
+// The carrier replaces the old count in the same way. Here a word gets 3 additions, so its old count is 3. If
+// the new count also had to be 3, the old word would look complete. So the carrier starts the new count at
+// 256 (LAP), and the next time this buffer is used, at 0 again. The word is complete at 256 + 3 = 259:
 //                           value   count
-//     as it was             5       3
-//     a cluster adds 1      6       4       without the carrier, the count can only be 3, 4 or 5
-//     the carrier adds      9       258     8 - 5 to the value; 1, and 256 - 3, to the count
+//     old word              5       3
+//     a cluster adds 1      6       4       before the carrier, the count is 3, 4 or 5
+//     the carrier adds      9       258     value + 8 - 5; count + 1 for this addition, + 256, - 3
 //     a cluster adds 2      11      259     complete
 //
-// Can a fast block add to a buffer that a slow block still reads? No. Before it adds, it has passed a (4) for
-// which every block had added something, and each block did that after reading (chapter 12).
+// Can a fast block add to a buffer that a slow block still reads? No, because of this order:
+//   1. In layer l, the slow block reads buffer 0. Then it adds to buffer 1.
+//   2. Buffer 1 is complete only after all blocks have added to it, including the slow block. This is (4).
+//   3. In layer l + 1, the fast block passes this (4), and only then adds to buffer 0.
 __device__ int first_count(unsigned steps) { return steps / 2 % 2 * LAP; }  // of the x after `steps` layers
 
 __device__ long long* Worker::buffer(unsigned steps) const { return m.residual + steps % 2 * C; }
 
 // S9 SUM, the carrier's part
 //   math    x_next += x + output biases - old
-//   who     one thread for each pair of columns, from the last block backwards. In small models the last
-//           blocks have no head, and so they have time
+//   who     one thread for each pair of columns, in the last blocks of the grid. In small models these blocks
+//           have no head, and would otherwise wait
+//   bytes   8 * C for the whole grid, 20 KB to L2
 //   syncs   none
-// own_now and own_next are the carrier's two words in both buffers. It has read both: own_now in this layer,
-// own_next a layer ago, when the other buffer was x. In layer 0, x is the token's embedding. The differences
-// are unsigned, because they may wrap around.
+// own_now is the carrier's two words in x_now, which it has read in this layer. own_next is its two old words
+// in x_next, which it has read one layer earlier, when that buffer was x_now. Before the first layer of a
+// launch, begin() sets both. In layer 0, x is the token's embedding. Differences are computed unsigned,
+// because they may wrap around.
 __device__ void Worker::carry(int layer, int token, long long* x_next, unsigned steps) const {
   const int c = 2 * carried;
   if (c >= C) return;
@@ -1185,11 +1232,11 @@ __device__ void Worker::carry(int layer, int token, long long* x_next, unsigned 
 
 // S9 SUM, second half
 //   math    x_next += sum_r sums[r]
-//   who     rank r adds the columns r * OWN and on; thread i takes i, i + 320, i + 640, i + 960 of them
+//   who     rank r adds the OWN columns from r * OWN on; thread i takes every 320th of them, from the i-th on
 //   bytes   8 * C for a cluster, 20 KB to L2
-//   syncs   after (3)
-// These sums are still fp32, so they are taken in the order of ranks. A warp's 32 additions are 256 bytes
-// side by side, which L2 takes as two requests.
+//   syncs   none; cluster_reduce has passed (3)
+// The sums of the ranks are still fp32, so they are added in the order of ranks. The 32 additions of a warp
+// are 256 bytes side by side, which L2 takes as two requests.
 __device__ void Worker::add_to_residual(long long* x_next) const {
   for (int c = tid; c < OWN; c += WORKERS) {
     float sum = 0;
@@ -1201,10 +1248,11 @@ __device__ void Worker::add_to_residual(long long* x_next) const {
 
 // S0 READ X
 //   math    x = the values of all words, once they are complete; in layer 0, a row of embed_in
-//   who     each thread reads 4 pairs of columns for its block, and then takes its own 8 from shared memory
+//   who     each thread reads 4 pairs of columns and puts them into shared memory. Then it takes its own 8
 //   bytes   8 * C, 20 KB from L2
-//   syncs   (4); (g) all threads wait for the one that polls; (a) they wait for each other's columns
-// All blocks read the same x, so each word comes to a block once, not once for each thread that needs it.
+//   syncs   (4) each thread waits until its 4 pairs are complete; (g) before that, the block waits for thread
+//           0, which polls; (a) makes all threads wait until all columns are in shared memory
+// A block reads each word only once, and not once for every thread that needs it.
 constexpr int PAIRS = ceil_div(C / 2, WORKERS);  // [4]
 
 __device__ void Worker::read_x(int layer, int token, const long long* x_now, unsigned steps, Columns& x) {
@@ -1218,11 +1266,11 @@ __device__ void Worker::read_x(int layer, int token, const long long* x_now, uns
   }
 }
 
-// If all threads read x again and again until it is complete, they slow down the additions that they wait
-// for: 1202 -> 1257 us. So thread 0 alone polls, and only one pair of words. It takes the last pair of its
-// rank's columns, which clusters add last. These columns get their additions from blocks of the same rank, so
-// each block that fails to add is missed by the blocks of its rank. Without (g), every thread would poll:
-// right, but slow.
+// If all threads read x again and again, they slow down the additions that they wait for: a token takes 1257
+// us instead of 1202. So at first only thread 0 polls, and only one pair of words. This is the last pair of
+// its rank's columns, which clusters add last. Without (g) the results would be the same, but all threads
+// would poll. If a block hangs, its cluster's columns of its rank stay incomplete. So the polls in all blocks
+// of this rank reach their limit, and the launch ends with an error.
 __device__ void Worker::wait_for_x(const long long* x_now, unsigned wanted) const {
   if (tid == 0) {
     const long long start = clock64();
@@ -1232,20 +1280,19 @@ __device__ void Worker::wait_for_x(const long long* x_now, unsigned wanted) cons
   workers_sync();  // (g)
 }
 
-// That pair is complete, so the others probably are, too. Every thread checks the pairs that it reads, and
-// reads them again until all are complete.
+// When the polled pair is complete, most other pairs are, too. Every thread still checks the 4 pairs that it
+// reads, and reads them again until all are complete.
 __device__ void Worker::read_residual(const long long* x_now, unsigned wanted, Columns& x) {
   longlong2 words[PAIRS];
   for (unsigned lack = 1; lack;) {
     lack = 0;
-    for (int i = 0; i < PAIRS; i++)  // starts all loads before it uses the first: one trip to L2 instead of 4
+    for (int i = 0; i < PAIRS; i++)  // issues all loads first, so that they overlap
       if (tid + i * WORKERS < C / 2) words[i] = load_relaxed(x_now + 2 * (tid + i * WORKERS));
     for (int i = 0; i < PAIRS; i++)
       if (tid + i * WORKERS < C / 2) lack |= lacking(words[i], wanted);  // (4)
   }
 
-  // Keep the words that this thread carries. Put all values into shared memory, and take this thread's
-  // columns.
+  // Keep the words that this thread carries. Put all values into shared memory. Take this thread's columns.
   for (int i = 0; i < PAIRS; i++) {
     const int pair = tid + i * WORKERS;
     if (pair == carried) own_now = words[i];
@@ -1256,8 +1303,8 @@ __device__ void Worker::read_residual(const long long* x_now, unsigned wanted, C
   for (int i = 0; i < COLS; i++) x[i] = s.x[column(i)];
 }
 
-// The token is -1 after logits that were not finite. Then row 0 stands in, so that the launch can make its
-// other tokens. The host ends the text at the -1.
+// A token of -1 means that the logits were not finite. The launch then goes on with row 0 of embed_in, and
+// the host ends the text at the -1.
 __device__ const half* Worker::embedding(int token) const {
   return m.embed_in + (size_t)min(max(token, 0), V - 1) * C;
 }
