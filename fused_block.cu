@@ -1266,49 +1266,62 @@ __device__ void Worker::read_embedding(int token, Columns& x) const {
 }
 
 // 9. The LM head, and the next token ======================================================================
-// The problem. The LM head is one more matrix, V rows of C, and every block multiplies its share of them.
-// From the logits, all blocks then have to choose the same token before the next one can begin. At
-// temperature 0 it is the token with the largest logit, a maximum over the grid. Otherwise it is drawn at
-// random from softmax(logits / temperature), often only from the top_k likeliest tokens, or from the few
-// that hold the probability top_p together. Written down like this, a draw needs a sum over all logits,
-// the logits in order of size, and sums over this order. No block has more than 382 of the 50304.
+// The problem. The LM head is one more matrix, V rows of C. A block multiplies 381 or 382 of the 50304 rows,
+// and each row gives the *logit* of one token of the vocabulary. From the logits, all blocks have to choose
+// the same next token. At temperature 0 this is the token with the largest logit, a maximum over the grid. At
+// other temperatures the token is drawn at random, with the probabilities p = softmax(logits / temperature).
+// *top-k* restricts the draw to the top_k likeliest tokens, and *top-p* to the fewest likeliest tokens that
+// have the probability top_p together. Taken literally, a draw needs a sum over all logits, a sort, and sums
+// along the sorted order. But the logits are spread over 132 blocks.
 //
-// The answer: drawing is an argmax. Think of an alarm clock for each token, which rings after a random time
-// with the mean exp(-logit / temperature). The clock that rings first is clock i with just the probability
-// that softmax gives to token i. Its time is E * exp(-logit / temperature), where E is random with the mean 1
-// (exponentially distributed), and smallest where
-//     key = logit - temperature * log(E)
-// is largest. So a draw is the argmax of logit + noise (the Gumbel-max trick), and temperature 0 is the case
-// without noise. Sampling takes no path of its own.
+// The answer: a draw is an argmax. Give each token i an alarm clock, which rings after the time
+//     E_i * exp(-logit_i / temperature)
+// where each E_i is an independent random number, exponentially distributed with mean 1. Then clock i is the
+// first to ring with exactly the probability p_i. Take the logarithm of the time, times -temperature:
+//     key_i = logit_i - temperature * log(E_i)
+// The first clock to ring has the largest key. So a draw is the argmax of logits with noise added to them
+// (the Gumbel-max trick). Temperature 0 is the case without noise, so one path of code serves both.
 //
-// The noise comes from Philox, a function that scrambles (seed, position, token) into 32 random bits. It has
-// no state. So every thread can compute its own tokens' noise, and a text does not depend on the grid, or on
-// how many tokens a launch makes. Sampler in model.py computes the same.
+// The noise comes from Philox, a function that scrambles (seed, position, token) into 32 random bits. Philox
+// keeps no state, so each thread can compute the noise of its own tokens at any time. The text then depends
+// neither on the size of the grid nor on the number of tokens that a launch makes. Sampler in model.py
+// computes the same noise.
 //
-// What about top-k and top-p? Rank the tokens by logit. top-k keeps a token if fewer than top_k tokens are
-// ranked before it; top-p, if the tokens ranked before it hold less than top_p of the probability. To find
-// all kept tokens, one would have to sort. But it is easy to test a single token: count the tokens before it,
-// and add up their probability. So the grid chooses in rounds:
-//     (5)  vote     find the token with the largest key: the candidate
-//     (6)  tally    count the tokens ranked before the candidate, and add up their probability
-//          if the candidate is kept, it is the token. If not, vote again, only on tokens ranked before it
-// Every round ends nearer to the first rank, which is always kept, so the rounds end. All kept tokens take
-// part in every vote. So the result is the argmax of the keys over the kept tokens, which is the draw that
-// was asked for, and a refused candidate needs no new noise. With top_p = 0.95, a candidate is kept with a
-// probability of 0.95 or more, and nearly always one round is enough.
+// How do top-k and top-p work without a sort? Call one token *likelier* than another if its logit is larger,
+// or if the logits are equal and its id is smaller. Then each token can be tested by itself:
+//     top-k keeps a token if fewer than top_k tokens are likelier
+//     top-p keeps a token if the likelier tokens together have less than the probability top_p
+// So the grid chooses in rounds:
+//     (5)  vote     find the token with the largest key: the *candidate*
+//     (6)  tally    count the tokens that are likelier than the candidate, and add up their probability
+//          If top-k and top-p keep the candidate, it is the next token. Otherwise, the next round considers
+//          only the tokens that are likelier than the candidate
+// Every kept token is likelier than a refused candidate. So all kept tokens stay in the vote, with the same
+// noise, until one of them wins it. This winner has the largest key of all kept tokens, and that is the draw
+// that was asked for. Every refusal leaves fewer tokens, and the likeliest one is always kept, so the rounds
+// end. With top_p = 0.95, the first candidate is kept with a probability of 0.95 or more.
 //
-// With top-k and top-p together, top_p means: of the probability of the top_k likeliest tokens. Tallies of
-// other ranks come first then, to find the rank that top_k tokens are ranked before, by bisection.
+// With top-k and top-p together, top_p is a share of the probability of the top_k likeliest tokens. For
+// example, top_k = 3 and top_p = 0.7, and a vocabulary of five tokens:
+//     token                           A       B       C       D       E
+//     probability                     40 %    25 %    20 %    10 %    5 %
+//     how many tokens are likelier    0       1       2       3       4       top-k keeps A, B and C: 85 %
+//     probability of the likelier     0 %     40 %    65 %    85 %    95 %    top-p keeps those below 59.5 %
+// The limit of top-p is 0.7 * 85 % = 59.5 %, so A and B are kept. (top-p alone would have the limit 70 %, and
+// keep C.) The test therefore needs the 85 % first. A tally of the tokens that are likelier than D gives it,
+// but no block knows that D is the fourth. So the grid searches for a boundary between C and D by bisection.
+// Each step is a tally: does it count more than 3 likelier tokens, fewer, or 3?
 
 __device__ void arrive_release(unsigned* counter);               // adds 1 to a counter in global memory
 __device__ unsigned load_acquire(const unsigned* counter);
 __device__ float load_relaxed(const float* p);
 __device__ float log_exponential(unsigned long long seed, uint32_t position, uint32_t token);  // log(E)
 
-// The rank of a token, 64 bits: a token with a larger logit has a larger one; of equal logits, the smaller
-// token. So a maximum of ranks is an argmax. The upper half is made of the logit's bits. They order like an
-// unsigned integer, if all bits of a negative number are flipped, and the sign bit of a positive one is set.
-// NaN is above all, as in torch. Keys are ranked like logits.
+// The *order* of a token is a 64-bit number. A likelier token has a larger order, so a maximum of orders is an
+// argmax. The upper 32 bits are made of the logit. Its bits compare like those of an unsigned integer after
+// one change: flip all bits of a negative number, and set the sign bit of a positive one. NaN is above all
+// other logits, as in torch. The lower 32 bits are the token's id, flipped, so that the smaller id is larger.
+// token_of and logit_of take an order apart again. The order of a key is made in the same way.
 __device__ unsigned long long order_of(float logit, int token) {
   const uint32_t bits = __float_as_uint(logit + 0.f);  // -0 becomes 0, its equal
   const uint32_t order = logit != logit ? ~0u : bits >> 31 ? ~bits : bits | 1u << 31;
@@ -1320,8 +1333,8 @@ __device__ float logit_of(unsigned long long rank) {
   return __int_as_float(order >> 31 ? order & ~(1u << 31) : ~order);
 }
 
-// The largest v of a warp's lanes, and their sum if all v are below 2^44. CUDA has one instruction for
-// either, but for 32 bits.
+// The largest v of a warp's 32 lanes, and the sum of all of them. CUDA has one instruction for each, but only
+// for 32 bits, so two of them are combined here. For warp_sum, each v has to be below 2^44.
 __device__ unsigned long long warp_max(unsigned long long v) {
   const uint32_t high = __reduce_max_sync(~0u, (uint32_t)(v >> 32));
   return (unsigned long long)high << 32 | __reduce_max_sync(~0u, v >> 32 == high ? (uint32_t)v : 0);
@@ -1331,9 +1344,10 @@ __device__ unsigned long long warp_sum(unsigned long long v) {
   return ((unsigned long long)__reduce_add_sync(~0u, (uint32_t)(v >> 20)) << 20) + low;
 }
 
-// Which token's logit this thread keeps as logits[k]; V if none. After a dot tile, every warp has the results
-// of all 8 rows. One of them is enough to keep them: the threads of a team are GROUPS groups of 8 lanes [40],
-// and group g keeps the rows of tiles g and g + 40. KEPT [3] has room for a grid of half as many blocks.
+// The token whose logit this thread keeps in logits[k]; V if there is none. After a dot tile every warp has
+// the results of all 8 rows, but one thread is enough to keep a result. So the 320 threads form 40 GROUPS of 8
+// lanes, and group g keeps the results of the block's tiles g and g + 40. There are KEPT = 3 places for logits,
+// so that a grid of half as many blocks (MIN_BLOCKS) can still keep all of them.
 constexpr int GROUPS = TEAM / ROWS;
 __device__ int Worker::kept_token(int k) const {
   const int i = (k * GROUPS + team_thread / ROWS) * TILE_ROWS;
@@ -1342,11 +1356,12 @@ __device__ int Worker::kept_token(int k) const {
 
 // S10 LM HEAD
 //   math    logits = rows . LNf(x); noise = -temperature * log(E)
-//   who     a block has s.rows; of each, one thread keeps the logit
+//   who     each block, for the rows in s.rows; one thread keeps the logit of a row
 //   bytes   2 * V * C / 132, 1.95 MB, 55 us
 //   syncs   after (4); (F) (E) for each half tile; (c) for each tile
-// The noise needs no logit, so it can be made at any time. Half way is a good one: workers are faster than
-// memory here, so the ring is nearly empty, and copies go on while the workers do something else.
+// The noise does not depend on the logits, so it can be made at any time. Half way through the loop is a good
+// time. There the ring is nearly empty, because workers are faster than memory, so the copies continue while
+// the workers make noise.
 __device__ void Worker::lm_head(const Columns& in, int position) {
   const int count = s.rows.count;
   for (int k = 0; k < KEPT; k++) noise[k] = 0;
@@ -1366,18 +1381,23 @@ __device__ void Worker::lm_head(const Columns& in, int position) {
     if (kept_token(k) < V) m.logits[kept_token(k)] = logits[k];
 }
 
-// (5) VOTE. The largest rank and the largest key, of all tokens that are ranked before `candidate`, go to
-// s.agreed, in every block. The logit of the token with the largest key goes to s.candidate.
-//   who     each thread for the logits that it keeps; then warps, thread 0 of each block, and L2 for the grid
+// (5) VOTE
+//   math    s.agreed = the largest order of a logit, and the largest order of a key, of all tokens that are
+//           likelier than `candidate`; of all tokens if `candidate` is 0. s.candidate = the logit of the token
+//           with the largest key
+//   who     each thread for the logits that it keeps; then warps; then thread 0 for the block; L2 for the grid
 //   syncs   (f) thread 0 waits for all warps; (5); (g) all threads wait for thread 0
-// A maximum does not depend on the order in which blocks come, but it cannot count its additions as a word of
-// x does. So a counter says when all blocks have voted. It only grows, so there is nothing to reset, and the
-// difference to what it will have is right even where it wraps around. Thread 0's release covers everything
-// that its block has written before (f): logits, k and v of the new token, and the maxima.
+// All blocks write to the same two maxima, in any order. A maximum does not show how many blocks have written,
+// as a word of x does, so a counter of its own counts the blocks. Thread 0 adds 1 to the counter with a
+// release, after (f). A thread that sees this 1 by an acquire also sees everything that the block wrote before
+// (f): its logits, its k and v of the new token, and its maxima. The counter is never reset: vote n is complete
+// when the counter has reached n * blocks. The difference of the two stays right when the counter overflows.
 //
-// The maxima have to be 0 before a vote. Three of them take turns. Thread 0 of the grid clears the next one
-// before its own vote. Every block has read that one two votes ago, before it took part in the last vote; and
-// no block adds to it before this vote is complete.
+// The maxima have to be 0 before a vote. There are three pairs of them, which take turns. Follow one pair:
+//     vote n - 2    all blocks use the pair
+//     vote n - 1    each block arrives at (5) only after it has read the pair. So after (5), no block needs it
+//     vote n        thread 0 of block 0 clears the pair, and then arrives at (5)
+//     vote n + 1    all blocks use the pair again. They have passed (5) of vote n, so it is clear
 __device__ void Worker::vote(unsigned long long candidate) {
   if (blockIdx.x == 0 && tid == 0) m.state->maxima[(s.votes + 1) % 3] = {0, 0};
 
@@ -1398,7 +1418,7 @@ __device__ void Worker::vote(unsigned long long candidate) {
     for (int from = 1; from < WARPS; from++)
       best = max(best, s.warp_votes[from].x), drawn = max(drawn, s.warp_votes[from].y);
 
-    // Vote, and wait until all blocks have voted.
+    // Give the block's maxima to the grid, and wait until all blocks have done so.
     State& state = *m.state;
     Maxima& maxima = state.maxima[s.votes % 3];
     atomicMax(&maxima.best, best), atomicMax(&maxima.drawn, drawn);
@@ -1408,7 +1428,7 @@ __device__ void Worker::vote(unsigned long long candidate) {
     for (unsigned seen; (int)((seen = load_acquire(&state.counter)) - target) < 0;)  // (5)
       if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_VOTE, s.layer, target - seen);
 
-    // Tell the block.
+    // Give the grid's maxima to the block.
     const longlong2 found = load_relaxed((const long long*)&maxima);
     s.agreed = {(unsigned long long)found.x, (unsigned long long)found.y};
     const bool cut = s.settings.top_k < V || s.settings.top_p < 1;
@@ -1417,16 +1437,20 @@ __device__ void Worker::vote(unsigned long long candidate) {
   workers_sync();  // (g)
 }
 
-// (6) TALLY. Of all tokens that are ranked before `candidate`: their probability, and how many there are. The
-// probability is in units in which the likeliest token has 2^30. Without `with_count`, the second result is
-// the probability of all tokens instead.
+// (6) TALLY
+//   math    of all tokens that are likelier than `candidate`: their probability, and their number. Without
+//           `with_count`, the second result is the probability of all tokens instead
 //   who     as for (5)
 //   syncs   (f), (6), (g)
-// Probabilities are rounded to integers before they are added, so the sum does not depend on the order. It is
-// a sum, so it can count its own additions, and no counter with a release is needed: two words, as in chapter
-// 8. They are never cleared. What they held after the last tally is taken away instead, by thread 0, which
-// keeps it in tally_before. Two pairs of words take turns, so that no block adds to one that another block
-// still reads: before it adds to this pair again, it has passed the tally in between.
+// A probability is an integer here, in units of 1 / 2^30 of the likeliest token's probability. So the sums do
+// not depend on the order of the blocks. A sum can count its additions, as a word of x does (chapter 8), so no
+// counter with a release is needed. Two such words hold the two results. They are never cleared. Instead,
+// thread 0 keeps in tally_before what they held after the tally before, and subtracts it. Two pairs of words
+// take turns, so that no block adds to a pair that another block still reads:
+//     tally n        all blocks use the first pair
+//     tally n + 1    each block adds to the second pair only after it has read the first
+//     tally n + 2    each block adds to the first pair again. It has passed (6) of tally n + 1, for which all
+//                    blocks had to add, so all blocks have read the first pair
 __device__ ulonglong2 Worker::tally(float largest, unsigned long long candidate, bool with_count) {
   unsigned long long before = 0, other = 0;
 #pragma unroll
@@ -1445,7 +1469,7 @@ __device__ ulonglong2 Worker::tally(float largest, unsigned long long candidate,
   if (tid == 0) {
     for (int from = 1; from < WARPS; from++) before += s.warp_votes[from].x, other += s.warp_votes[from].y;
 
-    // Add to both words, and wait until both have had an addition from every block.
+    // Add to both words, and wait until each has had an addition from every block.
     const int turn = s.tallies++ % 2;
     long long* const words = &m.state->tally[turn].x;
     add_relaxed(words, before << COUNT_BITS | 1), add_relaxed(words + 1, other << COUNT_BITS | 1);
@@ -1463,8 +1487,8 @@ __device__ ulonglong2 Worker::tally(float largest, unsigned long long candidate,
   return s.agreed;
 }
 
-// The token: the argmax of the keys over all tokens that top-k and top-p keep. It is -1 if the largest logit
-// is not finite.
+// Returns the next token: of all tokens that top-k and top-p keep, the one with the largest key. Returns -1 if
+// the largest logit is not finite.
 __device__ int Worker::choose() {
   const unsigned top_k = s.settings.top_k;
   const double top_p = s.settings.top_p;
@@ -1473,7 +1497,7 @@ __device__ int Worker::choose() {
   unsigned long long candidate = 0, low = 0, high = 0, mass = 0;
   float largest = 0;
   while (true) {
-    // Find a candidate, at first among all tokens.
+    // Vote for a candidate, in the first round among all tokens.
     vote(candidate);
     const int token = token_of(s.agreed.y);
     if (candidate == 0) {
@@ -1483,8 +1507,9 @@ __device__ int Worker::choose() {
     }
     candidate = order_of(s.candidate, token);
 
-    // With both, bisect first for a rank that top_k tokens are ranked before. Their probability is what top_p
-    // is of. More than top_k tokens are ranked before low, none before high.
+    // With top-k and top-p, search once for a boundary below the top_k likeliest tokens. More than top_k tokens
+    // are above low, and fewer are above high. At the boundary, the tally gives `mass`, of which top_p is a
+    // share. Then, or at once without the search, tally the tokens that are likelier than the candidate.
     ulonglong2 found;
     while (true) {
       const unsigned long long middle = low + (high - low) / 2;
@@ -1494,22 +1519,23 @@ __device__ int Worker::choose() {
       else (found.y > top_k ? low : high) = middle;
     }
 
-    // Test the candidate.
+    // Test the candidate. If it is refused, the next vote is among the tokens that are likelier.
     if ((!cut_k || found.y < top_k) && (!cut_p || found.x < top_p * (cut_k ? mass : found.y))) return token;
   }
 }
 
-// The logits, the token, and what the next token needs.
+// Computes the logits, chooses the token, and prepares what the next token needs.
 __device__ int Worker::next_token(const Columns& xn, int position, int end) {
-  // Prepare the next token. All threads have used plan and angles before the last (a).
+  // Prepare plan and angles of the next token. Those of this token have been used: the threads use them only
+  // before the (a) that all of them have just passed in read_x.
   if (position + 1 < end) prepare(position + 1);
 
-  // Compute the logits, and choose.
+  // Compute the logits. Start to load the next LayerNorms. Choose the token.
   lm_head(xn, position + 1);
   norms = load_norms(0);
   const int token = choose();                                             // (5), (6)
 
-  // Let the producer copy keys and values again: those of this token are in the cache.
+  // Now the cache holds k and v of this token. Let the producer copy cached tokens again.
   if (tid == 0) barrier_arrive(&s.token_ready);                           // (h)
   if (blockIdx.x == 0 && tid == 0) m.history[position] = token;
   return token;
