@@ -1313,49 +1313,62 @@ __device__ void Worker::read_embedding(int token, Columns& x) const {
 }
 
 // 9. The LM head, and the next token ======================================================================
-// The problem. The LM head is one more matrix, V rows of C, and every block multiplies its share of them.
-// From the logits, all blocks then have to choose the same token before the next one can begin. At
-// temperature 0 it is the token with the largest logit, a maximum over the grid. Otherwise it is drawn at
-// random from softmax(logits / temperature), often only from the top_k likeliest tokens, or from the few
-// that hold the probability top_p together. Written down like this, a draw needs a sum over all logits,
-// the logits in order of size, and sums over this order. No block has more than 382 of the 50304.
+// The problem. The LM head is one more matrix, V rows of C. A block multiplies 381 or 382 of the 50304 rows,
+// and each row gives the *logit* of one token of the vocabulary. From the logits, all blocks have to choose
+// the same next token. At temperature 0 this is the token with the largest logit, a maximum over the grid. At
+// other temperatures the token is drawn at random, with the probabilities p = softmax(logits / temperature).
+// *top-k* restricts the draw to the top_k likeliest tokens, and *top-p* to the fewest likeliest tokens that
+// have the probability top_p together. Taken literally, a draw needs a sum over all logits, a sort, and sums
+// along the sorted order. But the logits are spread over 132 blocks.
 //
-// The answer: drawing is an argmax. Think of an alarm clock for each token, which rings after a random time
-// with the mean exp(-logit / temperature). The clock that rings first is clock i with just the probability
-// that softmax gives to token i. Its time is E * exp(-logit / temperature), where E is random with the mean 1
-// (exponentially distributed), and smallest where
-//     key = logit - temperature * log(E)
-// is largest. So a draw is the argmax of logit + noise (the Gumbel-max trick), and temperature 0 is the case
-// without noise. Sampling takes no path of its own.
+// The answer: a draw is an argmax. Give each token i an alarm clock, which rings after the time
+//     E_i * exp(-logit_i / temperature)
+// where each E_i is an independent random number, exponentially distributed with mean 1. Then clock i is the
+// first to ring with exactly the probability p_i. Take the logarithm of the time, times -temperature:
+//     key_i = logit_i - temperature * log(E_i)
+// The first clock to ring has the largest key. So a draw is the argmax of logits with noise added to them
+// (the Gumbel-max trick). Temperature 0 is the case without noise, so one path of code serves both.
 //
-// The noise comes from Philox, a function that scrambles (seed, position, token) into 32 random bits. It has
-// no state. So every thread can compute its own tokens' noise, and a text does not depend on the grid, or on
-// how many tokens a launch makes. Sampler in model.py computes the same.
+// The noise comes from Philox, a function that scrambles (seed, position, token) into 32 random bits. Philox
+// keeps no state, so each thread can compute the noise of its own tokens at any time. The text then depends
+// neither on the size of the grid nor on the number of tokens that a launch makes. Sampler in model.py
+// computes the same noise.
 //
-// What about top-k and top-p? Rank the tokens by logit. top-k keeps a token if fewer than top_k tokens are
-// ranked before it; top-p, if the tokens ranked before it hold less than top_p of the probability. To find
-// all kept tokens, one would have to sort. But it is easy to test a single token: count the tokens before it,
-// and add up their probability. So the grid chooses in rounds:
-//     (5)  vote     find the token with the largest key: the candidate
-//     (6)  tally    count the tokens ranked before the candidate, and add up their probability
-//          if the candidate is kept, it is the token. If not, vote again, only on tokens ranked before it
-// Every round ends nearer to the first rank, which is always kept, so the rounds end. All kept tokens take
-// part in every vote. So the result is the argmax of the keys over the kept tokens, which is the draw that
-// was asked for, and a refused candidate needs no new noise. With top_p = 0.95, a candidate is kept with a
-// probability of 0.95 or more, and nearly always one round is enough.
+// How do top-k and top-p work without a sort? Call one token *likelier* than another if its logit is larger,
+// or if the logits are equal and its id is smaller. Then each token can be tested by itself:
+//     top-k keeps a token if fewer than top_k tokens are likelier
+//     top-p keeps a token if the likelier tokens together have less than the probability top_p
+// So the grid chooses in rounds:
+//     (5)  vote     find the token with the largest key: the *candidate*
+//     (6)  tally    count the tokens that are likelier than the candidate, and add up their probability
+//          If top-k and top-p keep the candidate, it is the next token. Otherwise, the next round considers
+//          only the tokens that are likelier than the candidate
+// Every kept token is likelier than a refused candidate. So all kept tokens stay in the vote, with the same
+// noise, until one of them wins it. This winner has the largest key of all kept tokens, and that is the draw
+// that was asked for. Every refusal leaves fewer tokens, and the likeliest one is always kept, so the rounds
+// end. With top_p = 0.95, the first candidate is kept with a probability of 0.95 or more.
 //
-// With top-k and top-p together, top_p means: of the probability of the top_k likeliest tokens. Tallies of
-// other ranks come first then, to find the rank that top_k tokens are ranked before, by bisection.
+// With top-k and top-p together, top_p is a share of the probability of the top_k likeliest tokens. For
+// example, top_k = 3 and top_p = 0.7, and a vocabulary of five tokens:
+//     token                           A       B       C       D       E
+//     probability                     40 %    25 %    20 %    10 %    5 %
+//     how many tokens are likelier    0       1       2       3       4       top-k keeps A, B and C: 85 %
+//     probability of the likelier     0 %     40 %    65 %    85 %    95 %    top-p keeps those below 59.5 %
+// The limit of top-p is 0.7 * 85 % = 59.5 %, so A and B are kept. (top-p alone would have the limit 70 %, and
+// keep C.) The test therefore needs the 85 % first. A tally of the tokens that are likelier than D gives it,
+// but no block knows that D is the fourth. So the grid searches for a boundary between C and D by bisection.
+// Each step is a tally: does it count more than 3 likelier tokens, fewer, or 3?
 
 __device__ void arrive_release(unsigned* counter);               // adds 1 to a counter in global memory
 __device__ unsigned load_acquire(const unsigned* counter);
 __device__ float load_relaxed(const float* p);
 __device__ float log_exponential(unsigned long long seed, uint32_t position, uint32_t token);  // log(E)
 
-// The rank of a token, 64 bits: a token with a larger logit has a larger one; of equal logits, the smaller
-// token. So a maximum of ranks is an argmax. The upper half is made of the logit's bits. They order like an
-// unsigned integer, if all bits of a negative number are flipped, and the sign bit of a positive one is set.
-// NaN is above all, as in torch. Keys are ranked like logits.
+// The *order* of a token is a 64-bit number. A likelier token has a larger order, so a maximum of orders is
+// an argmax. The upper 32 bits are made of the logit. Its bits compare like those of an unsigned integer
+// after one change: flip all bits of a negative number, and set the sign bit of a positive one. NaN is above
+// all other logits, as in torch. The lower 32 bits are the token's id, flipped, so that the smaller id is
+// larger. token_of and logit_of take an order apart again. The order of a key is made in the same way.
 __device__ unsigned long long order_of(float logit, int token) {
   const uint32_t bits = __float_as_uint(logit + 0.f);  // -0 becomes 0, its equal
   const uint32_t order = logit != logit ? ~0u : bits >> 31 ? ~bits : bits | 1u << 31;
@@ -1367,8 +1380,8 @@ __device__ float logit_of(unsigned long long rank) {
   return __int_as_float(order >> 31 ? order & ~(1u << 31) : ~order);
 }
 
-// The largest v of a warp's lanes, and their sum if all v are below 2^44. CUDA has one instruction for
-// either, but for 32 bits.
+// The largest v of a warp's 32 lanes, and the sum of all of them. CUDA has one instruction for each, but only
+// for 32 bits, so two of them are combined here. For warp_sum, each v has to be below 2^44.
 __device__ unsigned long long warp_max(unsigned long long v) {
   const uint32_t high = __reduce_max_sync(~0u, (uint32_t)(v >> 32));
   return (unsigned long long)high << 32 | __reduce_max_sync(~0u, v >> 32 == high ? (uint32_t)v : 0);
@@ -1378,9 +1391,10 @@ __device__ unsigned long long warp_sum(unsigned long long v) {
   return ((unsigned long long)__reduce_add_sync(~0u, (uint32_t)(v >> 20)) << 20) + low;
 }
 
-// Which token's logit this thread keeps as logits[k]; V if none. After a dot tile, every warp has the results
-// of all 8 rows. One of them is enough to keep them: the threads of a team are GROUPS groups of 8 lanes [40],
-// and group g keeps the rows of tiles g and g + 40. KEPT [3] has room for a grid of half as many blocks.
+// The token whose logit this thread keeps in logits[k]; V if there is none. After a dot tile every warp has
+// the results of all 8 rows, but one thread is enough to keep a result. So the 320 threads form 40 GROUPS of
+// 8 lanes, and group g keeps the results of the block's tiles g and g + 40. There are KEPT = 3 places for
+// logits, so that a grid of half as many blocks (MIN_BLOCKS) can still keep all of them.
 constexpr int GROUPS = TEAM / ROWS;
 __device__ int Worker::kept_token(int k) const {
   const int i = (k * GROUPS + team_thread / ROWS) * TILE_ROWS;
@@ -1389,11 +1403,12 @@ __device__ int Worker::kept_token(int k) const {
 
 // S10 LM HEAD
 //   math    logits = rows . LNf(x); noise = -temperature * log(E)
-//   who     a block has s.rows; of each, one thread keeps the logit
+//   who     each block, for the rows in s.rows; one thread keeps the logit of a row
 //   bytes   2 * V * C / 132, 1.95 MB, 55 us
 //   syncs   after (4); (F) (E) for each half tile; (c) for each tile
-// The noise needs no logit, so it can be made at any time. Half way is a good one: workers are faster than
-// memory here, so the ring is nearly empty, and copies go on while the workers do something else.
+// The noise does not depend on the logits, so it can be made at any time. Half way through the loop is a good
+// time. There the ring is nearly empty, because workers are faster than memory, so the copies continue while
+// the workers make noise.
 __device__ void Worker::lm_head(const Columns& in, int position) {
   const int count = s.rows.count;
   for (int k = 0; k < KEPT; k++) noise[k] = 0;
@@ -1413,18 +1428,25 @@ __device__ void Worker::lm_head(const Columns& in, int position) {
     if (kept_token(k) < V) m.logits[kept_token(k)] = logits[k];
 }
 
-// (5) VOTE. The largest rank and the largest key, of all tokens that are ranked before `candidate`, go to
-// s.agreed, in every block. The logit of the token with the largest key goes to s.candidate.
-//   who     each thread for the logits that it keeps; then warps, thread 0 of each block, and L2 for the grid
+// (5) VOTE
+//   math    s.agreed = the largest order of a logit, and the largest order of a key, of all tokens that are
+//           likelier than `candidate`; of all tokens if `candidate` is 0. s.candidate = the logit of the
+//           token with the largest key
+//   who     each thread for the logits that it keeps; then warps; then thread 0 for the block; then L2 for
+//           the grid
 //   syncs   (f) thread 0 waits for all warps; (5); (g) all threads wait for thread 0
-// A maximum does not depend on the order in which blocks come, but it cannot count its additions as a word of
-// x does. So a counter says when all blocks have voted. It only grows, so there is nothing to reset, and the
-// difference to what it will have is right even where it wraps around. Thread 0's release covers everything
-// that its block has written before (f): logits, k and v of the new token, and the maxima.
+// All blocks write to the same two maxima, in any order. A maximum does not show how many blocks have
+// written, as a word of x does, so a counter of its own counts the blocks. Thread 0 adds 1 to the counter
+// with a release, after (f). A thread that sees this 1 by an acquire also sees everything that the block
+// wrote before (f): its logits, its k and v of the new token, and its maxima. The counter is never reset:
+// vote n is complete when the counter has reached n * blocks. The difference of the two stays right when the
+// counter overflows.
 //
-// The maxima have to be 0 before a vote. Three of them take turns. Thread 0 of the grid clears the next one
-// before its own vote. Every block has read that one two votes ago, before it took part in the last vote; and
-// no block adds to it before this vote is complete.
+// The maxima have to be 0 before a vote. There are three pairs of them, which take turns. Follow one pair:
+//     vote n - 2    all blocks use the pair
+//     vote n - 1    each block arrives at (5) only after it has read the pair. So after (5), no block needs
+//     it vote n        thread 0 of block 0 clears the pair, and then arrives at (5)
+//     vote n + 1    all blocks use the pair again. They have passed (5) of vote n, so it is clear
 __device__ void Worker::vote(unsigned long long candidate) {
   if (blockIdx.x == 0 && tid == 0) m.state->maxima[(s.votes + 1) % 3] = {0, 0};
 
@@ -1445,7 +1467,7 @@ __device__ void Worker::vote(unsigned long long candidate) {
     for (int from = 1; from < WARPS; from++)
       best = max(best, s.warp_votes[from].x), drawn = max(drawn, s.warp_votes[from].y);
 
-    // Vote, and wait until all blocks have voted.
+    // Give the block's maxima to the grid, and wait until all blocks have done so.
     State& state = *m.state;
     Maxima& maxima = state.maxima[s.votes % 3];
     atomicMax(&maxima.best, best), atomicMax(&maxima.drawn, drawn);
@@ -1455,7 +1477,7 @@ __device__ void Worker::vote(unsigned long long candidate) {
     for (unsigned seen; (int)((seen = load_acquire(&state.counter)) - target) < 0;)  // (5)
       if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_VOTE, s.layer, target - seen);
 
-    // Tell the block.
+    // Give the grid's maxima to the block.
     const longlong2 found = load_relaxed((const long long*)&maxima);
     s.agreed = {(unsigned long long)found.x, (unsigned long long)found.y};
     const bool cut = s.settings.top_k < V || s.settings.top_p < 1;
@@ -1464,16 +1486,20 @@ __device__ void Worker::vote(unsigned long long candidate) {
   workers_sync();  // (g)
 }
 
-// (6) TALLY. Of all tokens that are ranked before `candidate`: their probability, and how many there are. The
-// probability is in units in which the likeliest token has 2^30. Without `with_count`, the second result is
-// the probability of all tokens instead.
+// (6) TALLY
+//   math    of all tokens that are likelier than `candidate`: their probability, and their number. Without
+//           `with_count`, the second result is the probability of all tokens instead
 //   who     as for (5)
 //   syncs   (f), (6), (g)
-// Probabilities are rounded to integers before they are added, so the sum does not depend on the order. It is
-// a sum, so it can count its own additions, and no counter with a release is needed: two words, as in chapter
-// 8. They are never cleared. What they held after the last tally is taken away instead, by thread 0, which
-// keeps it in tally_before. Two pairs of words take turns, so that no block adds to one that another block
-// still reads: before it adds to this pair again, it has passed the tally in between.
+// A probability is an integer here, in units of 1 / 2^30 of the likeliest token's probability. So the sums do
+// not depend on the order of the blocks. A sum can count its additions, as a word of x does (chapter 8), so
+// no counter with a release is needed. Two such words hold the two results. They are never cleared. Instead,
+// thread 0 keeps in tally_before what they held after the tally before, and subtracts it. Two pairs of words
+// take turns, so that no block adds to a pair that another block still reads:
+//     tally n        all blocks use the first pair
+//     tally n + 1    each block adds to the second pair only after it has read the first
+//     tally n + 2    each block adds to the first pair again. It has passed (6) of tally n + 1, for which all
+//                    blocks had to add, so all blocks have read the first pair
 __device__ ulonglong2 Worker::tally(float largest, unsigned long long candidate, bool with_count) {
   unsigned long long before = 0, other = 0;
 #pragma unroll
@@ -1492,7 +1518,7 @@ __device__ ulonglong2 Worker::tally(float largest, unsigned long long candidate,
   if (tid == 0) {
     for (int from = 1; from < WARPS; from++) before += s.warp_votes[from].x, other += s.warp_votes[from].y;
 
-    // Add to both words, and wait until both have had an addition from every block.
+    // Add to both words, and wait until each has had an addition from every block.
     const int turn = s.tallies++ % 2;
     long long* const words = &m.state->tally[turn].x;
     add_relaxed(words, before << COUNT_BITS | 1), add_relaxed(words + 1, other << COUNT_BITS | 1);
@@ -1510,8 +1536,8 @@ __device__ ulonglong2 Worker::tally(float largest, unsigned long long candidate,
   return s.agreed;
 }
 
-// The token: the argmax of the keys over all tokens that top-k and top-p keep. It is -1 if the largest logit
-// is not finite.
+// Returns the next token: of all tokens that top-k and top-p keep, the one with the largest key. Returns -1
+// if the largest logit is not finite.
 __device__ int Worker::choose() {
   const unsigned top_k = s.settings.top_k;
   const double top_p = s.settings.top_p;
@@ -1520,7 +1546,7 @@ __device__ int Worker::choose() {
   unsigned long long candidate = 0, low = 0, high = 0, mass = 0;
   float largest = 0;
   while (true) {
-    // Find a candidate, at first among all tokens.
+    // Vote for a candidate, in the first round among all tokens.
     vote(candidate);
     const int token = token_of(s.agreed.y);
     if (candidate == 0) {
@@ -1530,8 +1556,9 @@ __device__ int Worker::choose() {
     }
     candidate = order_of(s.candidate, token);
 
-    // With both, bisect first for a rank that top_k tokens are ranked before. Their probability is what top_p
-    // is of. More than top_k tokens are ranked before low, none before high.
+    // With top-k and top-p, search once for a boundary below the top_k likeliest tokens. More than top_k
+    // tokens are above low, and fewer are above high. At the boundary, the tally gives `mass`, of which top_p
+    // is a share. Then, or at once without the search, tally the tokens that are likelier than the candidate.
     ulonglong2 found;
     while (true) {
       const unsigned long long middle = low + (high - low) / 2;
@@ -1541,46 +1568,50 @@ __device__ int Worker::choose() {
       else (found.y > top_k ? low : high) = middle;
     }
 
-    // Test the candidate.
+    // Test the candidate. If it is refused, the next vote is among the tokens that are likelier.
     if ((!cut_k || found.y < top_k) && (!cut_p || found.x < top_p * (cut_k ? mass : found.y))) return token;
   }
 }
 
-// The logits, the token, and what the next token needs.
+// Computes the logits, chooses the token, and prepares what the next token needs.
 __device__ int Worker::next_token(const Columns& xn, int position, int end) {
-  // Prepare the next token. All threads have used plan and angles before the last (a).
+  // Prepare plan and angles of the next token. Those of this token have been used: the threads use them only
+  // before the (a) that all of them have just passed in read_x.
   if (position + 1 < end) prepare(position + 1);
 
-  // Compute the logits, and choose.
+  // Compute the logits. Start to load the next LayerNorms. Choose the token.
   lm_head(xn, position + 1);
   norms = load_norms(0);
   const int token = choose();                                             // (5), (6)
 
-  // Let the producer copy keys and values again: those of this token are in the cache.
+  // Now the cache holds k and v of this token. Let the producer copy cached tokens again.
   if (tid == 0) barrier_arrive(&s.token_ready);                           // (h)
   if (blockIdx.x == 0 && tid == 0) m.history[position] = token;
   return token;
 }
 
 // 10. The division of work, and the kernel ================================================================
-// All blocks wait for the slowest at (4), and in 2.8b a block is as slow as its bytes are many. So all blocks
-// should read the same number of bytes. A head costs a block H bytes, a hidden unit 4 * C bytes. The blocks
-// with a head ("busy", n of them) take u units, the others r units:
-//     H + 4*C * u = 4*C * r                       all blocks read the same
+// The problem. All blocks wait for the slowest one at (4), and in 2.8b the time of a block is proportional to
+// the bytes that it reads. So all blocks should read the same number of bytes. A head costs each block of its
+// cluster H bytes, and a hidden unit costs 4 * C bytes. A number n of the blocks have a head. Each of these
+// takes u units, and each of the others takes r units:
+//     H + 4*C * u = 4*C * r                       all blocks read the same number of bytes
 //     n * u + (blocks - n) * r = MLP              all units are dealt out
-// For 2.8b, H is as much as 83 units, n = 64, and the solution is u = 34.8 and r = 117.8. So the 34 clusters
-// without a head do nothing but hidden units.
+// For 2.8b, H is as many bytes as 83 units have, and n is 64. The solution is u = 34.8 and r = 117.8. The 34
+// clusters without a head do nothing but hidden units.
 //
-// Which units are a block's? Memory is faster when all blocks read near one another. So blocks do not get a
-// run of units each. The units are dealt out like cards, a tile to each block, again and again, as often as
-// there are whole tiles for all. What is left is then split into short runs. For example, the 68 blocks
-// without a head get 14 tiles of 8 units each, and then 5 or 6 units: 1244 -> 1237 us, and 620 -> 607 us for
-// pythia-1.4b. Rows of the LM head are dealt out in the same way.
+// Which units does a block get? Memory is faster when all blocks read near one another. So a block does not
+// get one long run of units. Tiles of units are dealt out like cards: the first tile to the first block, the
+// next tile to the next block, and so on, for as many rounds as are complete. The units that remain are split
+// into one short run for each block. For example, each of the 68 blocks without a head gets 14 tiles of 8
+// units, and a run of 5 or 6 units. Dealt out like this, a token takes 1237 us instead of 1244, and one of
+// pythia-1.4b 607 instead of 620. Rows of the LM head are dealt out in the same way.
 //
-// Two costs are not bytes, and so they are counted as bytes. A cached token counts 1.5 times (KV_WEIGHT / 2),
-// because softmax makes it slower to use than to read: 1441 -> 1392 us at T = 2000. In small models, a head's
-// chain of small steps takes time in which it reads little: ATTENTION_BYTES, 24 KiB in pythia-160m. It is 0
-// in 2.8b, where the producer fills the ring during these steps.
+// Two costs are not bytes, but make_plan counts them as bytes:
+//   - Softmax makes a cached token slower to use than to read, so its bytes count 1.5 times (KV_WEIGHT / 2).
+//     With T = 2000, a token then takes 1392 us instead of 1441.
+//   - In small models, a block reads little during the short steps of a head. ATTENTION_BYTES stands for this
+//     time, 24 KiB in pythia-160m. It is 0 in 2.8b, where the producer fills the ring during these steps.
 constexpr int KV_WEIGHT = 3;
 static_assert(64ll * (8ll * HS * C + 2ll * KV_WEIGHT * HS * CTX + ATTENTION_BYTES) < 1ll << 31,
               "make_plan counts in 32 bits");
@@ -1589,9 +1620,12 @@ __device__ int Share::at(int i) const {
   return i < dealt ? first_dealt + i * blocks : first_rest + i - dealt;
 }
 
-// What block `index` of `blocks` gets of the rows first .. first + n - 1.
+// The share of block `index` of `blocks` in n rows from `first` on: end - begin rows. The first `dealt` of
+// them come in whole tiles, and the others are one run, from first_rest on. Two things lie before this run:
+// the dealt tiles of all blocks, dealt * blocks rows, and the runs of the blocks before, begin - dealt *
+// index rows.
 __device__ Share deal(int first, int n, int index, int blocks) {
-  const int begin = n * index / blocks, end = n * (index + 1) / blocks;  // if each block got a run
+  const int begin = n * index / blocks, end = n * (index + 1) / blocks;  // a run, if no tiles were dealt out
   const int dealt = n / blocks / TILE_ROWS * TILE_ROWS;
   return {end - begin, dealt, first + index * TILE_ROWS, blocks, first + begin + dealt * (blocks - index)};
 }
@@ -1601,16 +1635,17 @@ __device__ __noinline__ Plan make_plan(int block, int blocks, int position) {
   p.rank = block % K; p.cluster = block / K; p.clusters = blocks / K;
   const int heads = NH / p.clusters, busy = NH % p.clusters * K;  // the first `busy` blocks have one more
 
-  // Solve the equation in 256ths of a unit, C / 64 bytes. In 32 bits, because a GPU divides 64 bits slowly.
+  // Solve the equation in *grains*: 1 / 256 of a hidden unit, or C / 64 bytes. So 32 bits are enough for all
+  // numbers. A GPU takes long for divisions of 64 bits.
   const int head_bytes = (8 * HS * C + 2 * KV_WEIGHT * HS * position) / K + ATTENTION_BYTES;
   const int head_grains = 64 * head_bytes / C, fair_grains = (256 * MLP + head_grains * NH * K) / blocks;
-  const int busy_grains = max(fair_grains - (heads + 1) * head_grains, 0);  // units of a busy block
+  const int busy_grains = max(fair_grains - (heads + 1) * head_grains, 0);  // u, in grains
   const int busy_units = busy_grains * busy / 256;
   const bool is_busy = block < busy;
   p.units = is_busy ? deal(0, busy_units, block, busy)
                     : deal(busy_units, MLP - busy_units, block - busy, blocks - busy);
 
-  // When to do them: some tiles during (1) and (2) of every head, the others at the end.
+  // When to do the units: some whole tiles during (1) and during (2) of every head, and the rest at the end.
   const int shares = 2 * (heads + is_busy) + 1;
   p.filler = ceil_div(ceil_div(p.units.count, shares), TILE_ROWS) * TILE_ROWS;
 
@@ -1633,9 +1668,9 @@ __device__ void Worker::prepare(int at) const {  // for the token at position `a
   load_rope(m, s, at, WORKERS);
 }
 
-// All that the producer does: for each token, its layers and its LM head. How can it begin with a token that
-// is not chosen yet? The rows of the layers are the same for every token. Only the row of embed_in depends on
-// the token, and the workers read that row themselves.
+// All that the producer does: for each token, it copies the rows of the layers and of the LM head. It copies
+// rows for a token that has not been chosen yet. This works because only the row of embed_in depends on the
+// token, and the workers read that row themselves.
 __device__ void Producer::run(int first_layer, int last_layer, int first, int end, bool with_lm_head) {
   for (int position = first; position < end; position++) {
     const Plan plan = make_plan(blockIdx.x, gridDim.x, position);
@@ -1644,22 +1679,28 @@ __device__ void Producer::run(int first_layer, int last_layer, int first, int en
       for (int i = 0; i < s.rows.count; i += TILE_ROWS)
         rows(m.embed_out, nullptr, s.rows.at(i), s.rows.at(i) + min(TILE_ROWS, s.rows.count - i));
   }
-  wait(m, s, &s.workers_done, 0, SYNC_FULL);  // stays until all workers are done, see chapter 16
+  wait(m, s, &s.workers_done, 0, SYNC_FULL);  // stays until all workers are done: chapter 16
 }
 
-// A carrier needs its two words before the first layer. Those of x_next are 0 when a launch begins. They
-// must not be loaded: by then, another block may have added to them. Those of x_now are loaded before (0).
-// They are added to in layer 1, by blocks that have passed a (4), for which every block had passed (0).
+// Before its first layer, a carrier needs the old words of both buffers (chapter 8).
+//   x_next    The last launch has cleared its words, so they were 0. They must not be loaded, because a
+//             faster block may already have added to them.
+//   x_now     Its words are loaded at the right time:
+//             1. Each thread loads its words, and then passes (0).
+//             2. Each block adds to x_next in its first layer, which begins after its own (0).
+//             3. A block passes the next (4) only when every block has added to x_next.
+//             4. After this (4), the block adds to x_now. By then, all loads of step 1 are done.
 __device__ int carried_pair() { return (gridDim.x - 1 - blockIdx.x) * WORKERS + threadIdx.x; }
 
 __device__ void Worker::begin(int first_layer, const longlong2& carried_words) {
   own_now = carried_words;
-  own_next = {0, 0};  // as the launch before has left it
+  own_next = {0, 0};  // cleared by the last launch
   norms = load_norms(first_layer);
 }
 
-// Clears the buffer that was read before the last one, for the next launch, and writes State. No block still
-// needs either: every block has added to the last x, and so has read what came before it.
+// Clears x_next for the next launch, and writes State. No block reads x_next any more: this block has seen
+// x_now complete, so every block has added to x_now, and each did so after it had read x_next. All blocks
+// have read State by then, too.
 __device__ void Worker::finish(long long* x_next, int token, int position, unsigned steps) const {
   if (lane == 0) barrier_arrive(&s.workers_done);
   if (2 * carried < C) x_next[2 * carried] = x_next[2 * carried + 1] = 0;
@@ -1672,13 +1713,13 @@ __device__ void Worker::finish(long long* x_next, int token, int position, unsig
 __device__ void barriers_exist();  // makes initialised mbarriers known to peers and to bulk copies
 __device__ void cluster_sync();    // waits until all threads of all blocks of the cluster are here
 
-// The kernel: what every thread of the grid runs. threadIdx.x is the number of the thread in its block,
-// blockIdx.x the number of the block, gridDim.x that of all blocks. __launch_bounds__ lets the compiler give
-// a thread all registers that 352 threads on one processor leave it. __grid_constant__ keeps the parameter
-// where it is, instead of a copy in each thread. The size of `raw`, the block's shared memory, is set by the
-// launch.
-//   new_tokens    how many tokens to make; fewer if the cache ends before. 0: run only layers first_layer
-//                 to last_layer - 1, without LM head
+// The kernel: the function that every thread of the grid runs. threadIdx.x is the number of the thread in its
+// block, blockIdx.x the number of the block, gridDim.x the number of blocks. __launch_bounds__ says that a
+// processor runs one block of 352 threads, so that the compiler can use all registers for them.
+// __grid_constant__ says that the threads share one copy of the parameter. `raw` is the block's shared
+// memory, whose size the launch sets.
+//   new_tokens    how many tokens to make at most; the cache may be full before. If it is 0, only layers
+//                 first_layer to last_layer - 1 run, without the LM head
 __global__ void __launch_bounds__(WORKERS + 32, 1)
 fused_block(const __grid_constant__ Model m, const int first_layer, const int last_layer,
             const int new_tokens) {
@@ -1688,7 +1729,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
   const int token = state.token, position = state.position;
   const unsigned steps = state.steps;
 
-  // If the cache has no room, all blocks leave, and nothing changes.
+  // If the cache is full, all blocks leave, and nothing changes.
   const int end = min(position + max(new_tokens, 1), CTX);
   if (position >= end) return;
 
@@ -1709,157 +1750,176 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
   if (threadIdx.x < WORKERS && 2 * carried_pair() < C)
     carried_words = load_relaxed(m.residual + steps % 2 * C + 2 * carried_pair());
 
-  // (0) No push may go to a block that has not begun, or to an mbarrier that does not exist.
+  // (0) A push must not go to a block that has not begun, or to an mbarrier that is not initialised. So the
+  // blocks of a cluster wait for each other.
   cluster_sync();  // (0)
 
-  // The first thread of the last warp is the producer, its other 31 have nothing to do.
+  // The first thread of the last warp is the producer. The other 31 threads of this warp have no work.
   if (threadIdx.x >= WORKERS) {
     if (threadIdx.x == WORKERS) Producer{m, s}.run(first_layer, last_layer, position, end, new_tokens > 0);
     return;
   }
 
-  // All others are workers.
+  // All other threads are workers.
   Worker{m, s}.run(s.plan, first_layer, last_layer, new_tokens, token, position, end, steps, carried_words);
 }
 
 // 11. A layer in time =====================================================================================
-// What thread 0 of rank 1 of cluster 5, block 11, does in one layer. Each line ends at the mark in the first
-// column (chapter 18). "KB" is what the block reads, "share" the us that these bytes need at 35.2 KB a us,
-// and "took" the us that it took, as a mean over the layers of the record in results/. All are rounded.
+// This table follows thread 0 of block 11 through one layer. Block 11 is rank 1 of cluster 5. A line ends at
+// the mark in its first column (chapter 18). The columns of numbers, all rounded, are:
+//     KB       what the block reads
+//     share    the us in which the block's fair share of the memory, 35.2 KB a us, delivers these bytes
+//     took     the us that the line took, as a mean over the layers of the record in results/
 //
-//  mark        thread 0 of block 11; the other threads of its block           KB  share  took  waits for
+//  mark        thread 0 of block 11                                          KB  share  took  waits for
 //  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                 1.5  L2, (a)
-//              S1: has columns 0..7 from here on                                               (b)
+//              S1: normalizes columns 0..7, which it has from here on                          (b)
 //  QKV         S2: rows 1320..1439: head 5, k from dimension 40 on, and v    615   17.5  13.4  memory
-//  1           S8: units 382..397; (1)                                       164    4.7   4.4  memory
-//  ATTEND      S3: rotates q[0] with q[10]; S4: 160 threads append k and v                1.7  (d)
-//              S5: dimensions 0..7 of tokens 64, 84, 104, 124; warp 9         20    0.6        (e)
-//              adds the new one; merges o[0] of 10 warps, pushes it to rank 0
-//  2           S8: units 398..413; (2)                                       164    4.7   3.5  memory
-//  OUT, UNITS  S6, S7: output rows 440..479; S8: units 414..416              236    6.7   7.0  memory
+//  1           S8: units 88..95, 600..607; (1)                               164    4.7   4.4  memory
+//  ATTEND      S3: rotates q[0] with q[10]; S4: threads 80..239 append k, v               1.7  (d)
+//              S5: takes dimensions 0..7 of tokens 64, 84, 104, 124           20    0.6        (e)
+//              S5: merges o[0] of 10 warps, and pushes it to rank 0
+//  2           S8: units 1112..1119, 1624..1631; (2)                         164    4.7   3.5  memory
+//  OUT, UNITS  S6, S7: output rows 440..479; S8: units 2078..2080            236    6.7   7.0  memory
 //  3           S9: pushes y[0..7] to rank 0; (3)                                          0.6  peer's sums
 //  ADDED       S9: adds columns 1280, 1600, 1920, 2240 of the sum to x                    0.4  L2
-//  START       (4): being thread 0, polls columns 2558 and 2559 of x                      3.7  other blocks
+//  START       (4): polls columns 2558 and 2559 of x                                      3.7  other blocks
 //  a layer                                                                  1198   34.0  36.0
 //
-// A layer takes 1.9 us longer than its bytes need. Where do they go? From the last unit of a layer to the end
-// of the next S2 it is 19.5 us, and the bytes of S2 need 17.5 of them. The first 6.1 us are S9, (4), S0 and
-// S1, which read no rows and free no slot, but the ring holds only 5.8 us of copies. The other steps lose
-// nothing. The 3.7 us at (4) are 1.0 until the last block has added, 1.8 more until the first block sees a
-// complete x, and 0.8 more until this block does.
+// A layer takes 1.9 us longer than its bytes need. This time is lost between two layers: from the last unit
+// of a layer to the end of the next S2 it is 19.5 us, and the bytes of S2 need 17.5. The first 6.1 us of
+// these are S9, (4), S0 and S1, in which the workers free no slot. The ring is full after 5.8 us of copies,
+// and then memory pauses. This explains 0.3 us of the loss. The rest is not explained. The 3.7 us at (4)
+// have three parts: 1.0 until the last block of the grid has added, 1.8 until the first block sees a complete
+// x, and 0.8 until block 11 sees it.
 //
-// Follow one number: hidden unit 382 of block 11, in layer 0 of a launch's first token.
-//  1. Its up row lies in global memory: w_up + 382 * C, 5120 bytes.
-//  2. The producer of block 11 has copied 120 rows for S2: 15 tiles, 30 half tiles, three rounds of the ring.
-//     So rows 382..385 go to slot 0. The producer waits until slot 0 is empty, (E), announces 20480 bytes of
-//     rows and 32 of biases at full[0], and starts two copies: to ring[0] and to bias[0].
-//  3. When all bytes have landed, (F) lets the workers go. Thread 0 reads columns 0..7 of row 382 from
-//     ring[0], multiplies them with its xn2[0..7], and adds them up in dots[0]. Threads 1 to 319 do the same
-//     with their columns. Each warp arrives at empty[0]: (E).
-//  4. reduce_rows brings the sum of each warp to its lanes 0, 8, 16 and 24. Lane 0 writes it to warp_dots.
-//     After (c), these lanes of every warp add up the 10 sums, and bias[0][6]. Place 6, because the copy
-//     began at the bias of unit 376. This is the argument of gelu, and now 40 threads have h_382.
-//  5. The down row arrives in slot 2, behind the second half of the up tile. After (F), lane 0 gives h_382 to
-//     its warp by a shuffle, and thread 0 adds h_382 times columns 0..7 of the row to its y[0..7].
-//  6. y stays in registers until the block has done its other 34 units and 40 output rows. Then thread 0
-//     pushes y[0..7] into the inbox of rank 0, block 10: sums[1][0..7].
-//  7. Block 10 waits until all pushes have landed, (3). Its thread 0 adds up sums[0][0] and sums[1][0], makes
-//     an integer of the sum, and adds it to word 0 of x_next, in L2, together with a count of 1.
-//  8. Thread 0 of block 131 is the carrier of column 0. Sooner or later, it adds x[0] + biases - old to the
-//     same word.
-//  9. After 66 clusters and the carrier, word 0 is complete. In every block, thread 0 sees by another word
-//     that x is probably complete, (4), and lets the block go, (g). It then reads word 0, checks its count,
-//     and puts the value into s.x[0]. After (a), thread 0 of each block takes x[0..7] from there. So h_382
-//     has reached all 132 blocks.
+// Follow one number: hidden unit 602 of block 11, in layer 0 of a launch's first token.
+//  1. Its up row lies in global memory: w_up + 602 * C, 5120 bytes.
+//  2. Unit 602 belongs to the block's second tile of units, 600..607. Before this tile, the producer of block
+//     11 has copied 34 half tiles: 30 for S2, and 4 for the first tile of units. These are three rounds of
+//     the ring and 4 slots, so rows 600..603 go to slot 4. The producer waits until slot 4 is empty, (E),
+//     announces 20480 bytes of rows and 16 of biases at full[4], and starts two copies: to ring[4] and to
+//     bias[4].
+//  3. When all bytes have landed, (F) lets the workers go on. Thread 0 reads columns 0..7 of row 602 from
+//     ring[4], multiplies them with its xn2[0..7], and adds the products up in dots[2]. Threads 1 to 319 do
+//     the same with their columns. Then each warp arrives at empty[4]: (E).
+//  4. reduce_rows brings the sum of each warp to its lanes 2, 10, 18 and 26. Lane 2 writes the sum to
+//     warp_dots. After (c), these lanes of every warp add up the 10 sums and the bias in bias[4][2]. The
+//     result is the argument of gelu. Now 40 threads have h_602.
+//  5. The down row arrives in slot 6, after the other half of the up tile in slot 5. After (F), lane 2 gives
+//     h_602 to its warp by a shuffle, and thread 0 adds h_602 times columns 0..7 of the row to its y[0..7].
+//  6. y stays in registers until the block has done its other 34 units and its 40 output rows. Then thread 0
+//     pushes y[0..7] into an inbox of rank 0, which is block 10: sums[1][0..7].
+//  7. Block 10 waits until all pushes have landed, (3). Its thread 0 adds sums[0][0] and sums[1][0], turns
+//     the sum into an integer, and adds it to word 0 of x_next, in L2, together with a count of 1.
+//  8. Thread 0 of block 131 is the carrier of column 0. Earlier or later than step 7, it adds x[0] + biases -
+//     old to the same word.
+//  9. After 66 clusters and the carrier have added, word 0 is complete. In every block, thread 0 polls
+//     another word until that one is complete, (4), and lets the block go on, (g). Then it reads word 0,
+//     checks its count, and puts the value into s.x[0]. After (a), thread 0 of each block takes x[0..7] from
+//     there. So h_602 has reached all 132 blocks.
 
 // 12. Why it is safe ======================================================================================
-// Inboxes. A block must not push into an inbox before the receiver has read what was there. The rule: before
-// the peer pushes again, it has waited for a later message from the receiver, and the receiver sent this
-// message only after it had read the inbox.
+// Inboxes. A peer must not overwrite an inbox that its owner has not read yet. Events come in this order:
+//     1. The owner reads the inbox.
+//     2. The owner sends its next message.
+//     3. The peer waits for this message.
+//     4. The peer pushes into the inbox again.
+// Three kinds of inboxes follow this rule:
 //
-//     inbox of          is read in  what the receiver then sends                     a peer waits for it at
-//     (1) q, k, v       S3          its top, l, o of this head, after (d)            (2)
-//     (2) top, l, o     S6          its rows of the next head's q, k, v; or its y    (1), or (3)
-//     (3) y             S9          its additions to x                               (4)
+//     inbox                  is read in  the owner's next message                    the peer waits for it at
+//     qkv                    S3          its top, l, o of this head, after (d)       (2)
+//     peer_o, peer_top_l     S6          q, k, v of the next head, or its y          (1), or (3)
+//     sums                   S9          its additions to x                          (4)
 //
-// For example, the inbox qkv of rank 1 of cluster 5, during head 5 of layer 0 and head 5 of layer 1. Times
-// are us since layer 0 began, by the table of chapter 11.
-//     1.5 .. 14.9   Both ranks do S2. Rank 0 pushes its rows into rank 1's qkv, rank 1 its own.
-//     19.3          Rank 1 passes (1), for which it waited with parity 0: 960 bytes are here.
-//     < 21.0        Rank 1's threads read qkv in S3. (d): all have read it.
-//     21.0          Rank 1 pushes top, l and o to rank 0.
-//     24.5          Rank 0 passes (2). So it has rank 1's push of 21.0, and therefore rank 1 has read qkv.
-//     37.5          Rank 0 begins S2 of layer 1, and pushes into rank 1's qkv again. This is safe.
-//     55.3          Rank 1 passes (1) with parity 1. This phase could not complete before rank 1 saw the
-//                   first one, because rank 0's pushes of layer 1 came after rank 1's of 21.0.
-// The other two inboxes live in the same way. A peer overwrites (2) after it has received the block's next
-// rows or its y, both of which the block pushes after S6. A peer overwrites (3) after (4), and (4) needs the
-// block's additions, which each thread makes after it has read its columns of `sums`.
+// For example, the inbox qkv of rank 1 of cluster 5 in two layers. Times are us since layer 0 began, by the
+// table of chapter 11.
+//     1.5 .. 14.9   Both ranks do S2, and push their rows into this inbox.
+//     19.3          Rank 1 passes (1) with parity 0: all 960 bytes have landed.
+//     < 21.0        Rank 1 reads the inbox in S3. After (d), all its threads have read it.
+//     21.0          Rank 1 pushes its top, l and o to rank 0.
+//     24.5          Rank 0 passes (2), which needs this push.
+//     37.5          Rank 0 begins S2 of layer 1, and pushes into the inbox again. This is safe.
+//     55.3          Rank 1 passes (1) with parity 1.
 //
-// Buffers of x. A block adds to a buffer only after it has passed a (4). This (4) needed additions from every
-// block, and each block made them from the x that it had read before, in the very buffer.
+// Buffers of x. A block must not add to a buffer that another block still reads.
+//     1. Each block reads x from one buffer.
+//     2. Then it adds to the other buffer.
+//     3. It passes the next (4), for which every block has to do step 2.
+//     4. Then it adds to the first buffer. All blocks have read it in step 1.
+// In the first layer of a launch there is no step 3. There, blocks add to the buffer that the last launch has
+// cleared, and no block reads it before the next (4).
 //
-// Parity. One bit is enough if no phase completes before every waiting thread has seen the last one. (1) and
-// (3): a peer pushes for the next phase after a message that this block sent after its own wait. (2): the
-// next phase needs this block's own top, l and o, which it pushes after (d), where every warp comes after its
-// wait. (h): only the producer waits, and without the producer's copies no worker reaches the next (h).
+// Parity. One bit is enough if the next phase of an mbarrier cannot complete before every waiting thread has
+// seen the end of this phase. What does the next phase need?
+//     full, empty   See chapter 5.
+//     (1), (3)      A push from a peer. Before this push, the peer waits for a message that this block sends
+//                   after its own wait.
+//     (2)           This block's own push of top, l and o. The push comes after (d), and every warp arrives
+//                   at (d) after its wait.
+//     (h)           The end of the next token. Before it, the workers need rows that the producer, which is
+//                   the only thread that waits at (h), copies after its wait.
 //
-// Exit. A block must not end while a push to it or from it is on its way. The last pushes of a token are
-// those of y in its last layer. Their receiver has waited for them, (3), before it added to x; and the sender
-// ends only after a (4) that needed this addition.
+// Exit. A block must not end while a push to it or from it is on its way.
+//     1. The last pushes of a token are those of y in its last layer.
+//     2. The receiver waits for them at (3), and then adds to x.
+//     3. The sender passes a (4) that needs this addition.
+//     4. Both blocks end after this (4).
 //
 // The end of a launch is a sync, too: the next launch sees x, the cache and State.
 // All this is an argument, not a proof in the terms of PTX's memory model.
 //
 // The same bits in every run. The plan depends on block, grid and position alone. Sums within a cluster are
-// taken in the order of threads, warps and ranks. What comes in any order is integers: words of x,
-// maxima, and tallies.
+// taken in the order of threads, warps and ranks. Only integers come in any order: additions to words of x,
+// tallies, and the orders that a vote takes the maximum of.
 //
-// All syncs, and what happens without them. `python test_block.py -k simulated_syncs` leaves out each of
-// them. Then the result changes, or the launch does not end, except for (g) after (4), which only saves time.
+// All syncs, and what happens without them. `python test_block.py -k simulated_sync` leaves out one sync at a
+// time. Then the result changes, or the launch does not end. Without (g)
+// after (4) the result is right, but the kernel is slower.
 //
 //     sync  who waits, and for what                                 without it
-//     (0)   a cluster's threads: all blocks have set up             a push into a block that has not begun
+//     (0)   a cluster's threads: all its blocks have set up         a push into a block that has not begun
 //     (1)   a rank: q, k and v from all ranks                       attention with stale q, k or v
 //     (2)   a rank: top, l, o from all ranks                        a rank's tokens are forgotten
 //     (3)   a rank: y from all ranks                                x lacks what a peer adds
 //     (4)   all blocks: x is complete                               LayerNorm of an unfinished x
 //     (5)   all blocks: all have voted, k and v are cached          a token chosen from some of the logits
 //     (6)   all blocks: the tally is complete                       a candidate tested by some of the logits
-//     (F)   workers: a slot is full                                 arithmetic with bytes not here yet
+//     (F)   workers: a slot is full                                 arithmetic with bytes of an earlier tile
 //     (E)   the producer: a slot is empty                           bytes overwritten while in use
-//     (a)   workers: all of x is in s.x                             columns of the layer before
+//     (a)   workers: all of x is in s.x                             columns of an older x
 //     (b)   a team: warp_stats of all its warps                     a mean of stale values
 //     (c)   a team: warp_dots of all its warps                      stale dot products
-//     (d)   workers: q, k_new, v_new are there, qkv is read         attention with a half-rotated q
-//     (e)   push_attention: the results of all warps                    a merge with the head before
+//     (d)   workers: q, k_new, v_new are written, qkv is read       attention with a half-rotated q
+//     (e)   push_attention: the results of all warps                a merge with results of an earlier head
 //     (f)   thread 0: its block has written all that (5), (6) need  a block takes part before it is done
-//     (g)   workers: thread 0 has passed (4), (5) or (6)            at (5) and (6), they run ahead of it
-//     (h)   the producer: thread 0 has passed (5)                   copies of k and v not there yet
+//     (g)   workers: thread 0 has passed (4), (5) or (6)            a result of (5) or (6) used too early
+//     (h)   the producer: thread 0 has passed (5)                   copies of k and v that are not cached yet
 
 // 13. Other shapes ========================================================================================
-// Small models: teams. A row of pythia-70m has 512 columns, so 64 threads hold it. A block has THREADS = 256
-// of them or more, 4 *teams* of 64. Each team takes other rows: row r of a tile belongs to team r mod 4, and
-// a tile has 8 rows for each team, 32. Every team has a y of its own. All teams push their y to the owner of
-// the columns, which adds K * TEAMS of them, in the order of ranks and teams. Every team has all of x, and a
-// (b) and (c) of its own, by a named barrier with its own number.
-//   The inbox (2) and teams: a team without output rows reads peer_o but uses none of it. A team that has
-// output rows also has rows of q, k, v, and so it sends something after reading.
+// Small models: teams. The threads that hold one row are a *team*. A row of pythia-70m has 512 columns, so a
+// team is 64 threads. A block has at least THREADS = 256 workers, which are 4 teams here. Each team takes
+// different rows: a tile has 8 rows for each team, 32 in all, and row r belongs to team r mod 4. Every team
+// has all of x, a y of its own, and a (b) and (c) of its own, by a named barrier with the team's number. At
+// (3), all teams push their y to the owner of the columns. The owner adds up K * TEAMS parts, in the order of
+// ranks and teams.
+// Are the inboxes peer_o and peer_top_l still safe? A team without output rows reads them, but uses none of
+// the elements. A team with output rows also has rows of q, k, v, so it sends a message after it has read.
 //
-// Smallest: half warps. A row of pythia-14m has 128 columns, so 16 threads hold it, and a warp is two teams.
-// LANES is 16 then. A team is within one warp, so there is no (b) and (c): TEAM_WARPS == 1.
+// Smallest: half warps. A row of pythia-14m has 128 columns, so a team is 16 threads (LANES), and a warp is
+// two teams. Then (b) and (c) are not needed, because a team is within one warp: TEAM_WARPS == 1.
 //
-// Largest: two pieces. From C = 4096 on, TEAM would be 512 threads and more. There a thread owns PIECES = 2
-// times 8 columns, which lie 8 * TEAM apart, so that neighbouring threads still read neighbouring pieces.
-// ROWS is 4, so that a slot does not grow.
+// Largest: two pieces. From C = 4096 on, a team with 8 columns for each thread would have 512 threads or
+// more. There a thread owns PIECES = 2 pieces of 8 columns. They lie 8 * TEAM columns apart, so that
+// neighbouring threads still read neighbouring pieces. ROWS is 4, so that a slot does not grow.
 //
-// Clusters of 1, 4 and 8. Nothing changes but the shares: QKV_ROWS, OUT_ROWS, OWN and the number of tokens.
-// In clusters of 1, a block pushes to itself.
+// Clusters of 1, 4 and 8. Only the shares change: QKV_ROWS, OUT_ROWS, OWN and the number of tokens. In
+// clusters of 1, a block pushes to itself.
 //
-// More heads than clusters. The loop over h has several turns, and make_plan gives the first blocks one head
+// More heads than clusters. The loop over h runs several times, and make_plan gives the first blocks one head
 // more than the others.
 //
-// What the code below and above takes for granted, the compiler checks:
+// The compiler checks what the code takes for granted:
 static_assert(C % 128 == 0, "a row is dealt out to half-warps, 16 bytes a lane: C must be a multiple of 128");
 static_assert(NH * HS == C, "the heads together are as wide as the residual stream");
 static_assert(WORKERS % 32 == 0 && WORKERS + 32 <= 1024, "whole warps, and at most 1024 threads in a block");
@@ -1874,24 +1934,28 @@ static_assert(HS <= WORKERS, "one thread for each dimension of a head merges the
 static_assert(SLOTS >= 2 * HALF_TILES, "two tiles: one being read, one on its way; take fewer ROWS");
 
 // 14. Arithmetic of words =================================================================================
-// Resolution. The value is a multiple of 2^-22 = 2.4e-7. Above 2, this is no coarser than fp32.
+// Resolution. The value of a word is a multiple of 2^-22 = 2.4e-7. Above 2, this is no coarser than fp32.
 //
-// NaN. An addition that does not fit, of 65536 and more, infinite or NaN, adds FIXED_NAN = 2^47 to the value.
-// from_word returns NaN from FIXED_EDGE = 2^46 on, in both directions. Can other additions hide a FIXED_NAN?
-// There are at most 254 others, each below 65536 * 2^22 = 2^38, together below 2^46: no. Can several
-// FIXED_NAN hide each other? The value has 55 bits, so 256 times 2^47 would wrap around to 0. But there are
-// at most 255 additions, those of 254 clusters (MOST_CLUSTERS) and the carrier's, and 255 * 2^47 wraps around
-// to -2^47. Their sum may exceed 65536 and is still read correctly, up to 2^24. The next carrier then adds it
-// as one addition, which does not fit, and x becomes NaN.
+// NaN. If a number is infinite, NaN, or 65536 or more in size, to_word adds FIXED_NAN = 2^47 to the value
+// instead. from_word returns NaN if the value is FIXED_EDGE = 2^46 or more in size.
+//   - Can other additions hide one FIXED_NAN? No. There are at most 254 others, each below 65536 * 2^22 =
+//     2^38 in size, so together they are below 2^46.
+//   - Can several FIXED_NANs cancel? The value has 55 bits, so 256 times 2^47 would wrap around to 0. But at
+//     most 255 additions come: those of 254 clusters (MOST_CLUSTERS), and the carrier's. Their 255 * 2^47
+//     wraps around to -2^47, which is NaN. This is the first reason for 254.
+//   - What about a large sum of ordinary additions? It is read correctly up to 2^24. The next carrier adds it
+//     as one number, 65536 or more, so x becomes NaN in the next layer.
 //
-// Old counts. Before its carrier has come, a word has its old total and the additions of some clusters, at
-// most 254 of them. The count that would make it complete is 256 away from the old total. So it never looks
-// complete, which is the other reason for 254. After the carrier, the count is the true one.
+// Old counts. Before its carrier has added, a word has its old count plus the additions of at most 254
+// clusters. It would look complete if its count were 256 above the old one, which is out of reach. This is
+// the second reason for 254. After the carrier's addition, the count is the true one.
 
-// Noise. Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) scrambles a count of 128 bits, keyed by 64, into
-// four words of 32 bits: ten times two products of 32 bits each, whose upper halves are mixed with the
-// rest. Four tokens share a count. The result is above 0 and up to 1. -log1p(-u) then is E. Written as
-// -log(1 - u), it would lose the digits of a small u, and the tokens with a small E are those that win.
+// Noise. Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) takes a counter of 128 bits and a key of 64 bits,
+// and returns four words of 32 bits. It has ten rounds. Each round multiplies two of the four words by
+// constants, and combines the halves of the products with the other words and the key. Here the seed is the
+// key, and (token / 4, position) is the counter, so the four words serve four tokens. A word makes u = (word
+// + 0.5) / 2^32, above 0 and up to 1 after rounding, and E = -log1p(-u). If this were written as -log(1 - u),
+// a small u would lose its digits. Just these matter, because tokens with a small E have the largest keys.
 __device__ __noinline__ float log_exponential(unsigned long long seed, uint32_t position, uint32_t token) {
   uint32_t count[4] = {token / 4, position, 0, 0}, key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
 #pragma unroll 1
@@ -1908,29 +1972,32 @@ __device__ __noinline__ float log_exponential(unsigned long long seed, uint32_t 
 // 15. Pace ================================================================================================
 // Memory does not serve all processors alike. Some blocks get their rows early, and then wait at (4) for
 // blocks that get theirs late. So each producer limits itself to an equal share of PACE, the bytes that all
-// blocks together may ask for in a ns: after a copy of b bytes, the next one may start b * blocks / PACE ns
-// later. In 2.8b, PACE is 4800, which is the bandwidth in the H200's datasheet. Without a pace and with it:
-// 1218 -> 1202 us, and 444 -> 409 us for pythia-1b.
+// blocks together may ask for in a ns. After a copy of b bytes, a producer waits b * blocks / PACE ns before
+// the next one. In 2.8b, PACE is what the memory delivers by its clock and the width of its bus, 4814 on an
+// H200. With this pace, a token takes 1202 us instead of 1218, and one of pythia-1b 409 instead of 444.
 //
-// A producer that falls behind does not catch up, because memory would not share that equally, either: with
-// up to 0.3 us of catching up, 1264 -> 1267 us. But the clock advances only every 32 ns, so a producer may
-// see its time that much too late. This does not count as falling behind: hence CLOCK_NS in claim. A wait
-// of more than 1 ms can only mean that the clock was set back, and ends. The GPU's
-// other clock counts cycles, which get longer when the GPU is short of power: 1273 -> 1306 us.
+// A producer that falls behind does not catch up, because memory would not serve that equally, either. When
+// it may catch up by 0.3 us, a token takes 1267 us instead of 1264. But the clock advances only every 32 ns,
+// so a producer may notice up to 32 ns late that its wait is over. That is not falling behind, so claim()
+// subtracts CLOCK_NS. A wait of more than 1 ms can only mean that the clock was set back, so claim() does not
+// wait then. The GPU has another clock, which counts cycles. They get longer when the GPU is short of power,
+// and with this clock a token takes 1306 us instead of 1273.
 
 // 16. Patience ============================================================================================
-// What if a wait never ends, because of a mistake in this file or a fault of the machine? Then all blocks
-// would wait for ever, and the host with them. So the waits for peers have a limit of 3 s, and those of the
-// producer one of 6 s. The first thread that reaches its limit writes a report to host memory: the number of
-// the sync, its block, the layer, and what it saw. That is the number of missing additions at (4), that of
-// missing blocks at (5), and the parity elsewhere. Then it executes a trap, which ends the launch and the
-// CUDA context, and the host turns the report into an error.
+// The problem. If a wait never ends, because of a mistake in this file or a fault of the machine, all blocks
+// wait for ever, and the host waits with them. So waits at (1) to (6) have a limit of 3 s. The producer's own
+// waits, at (E), at (h) and for the end of the workers, have a limit of 6 s. The first thread that reaches
+// its limit writes a report to host memory: a SyncId (chapter 5), its block, the layer, and a number. At (5),
+// this is the number of blocks that have not voted. At (4) and (6), it is the number of additions that a word
+// lacks, if both words of the pair lack the same number. Elsewhere it is the parity. Then the thread executes
+// a trap. This ends the launch and all of the process's work on the GPU (its CUDA context), and the host
+// turns the report into an error.
 //
 // The producer's limit is longer so that a worker, which is closer to the cause, reports first. At (F)
-// workers have no limit. If they hang there, the producer makes the report: it does not end before they are
-// done.
+// workers have no limit. If they hang there, the producer reports (F), because it waits at its end for all
+// workers.
 
-// __noinline__ keeps this code out of the loops.
+// __noinline__ keeps this rare code out of the loops.
 __device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int seen) {
   if (atomicCAS_system(&failure->sync, 0, sync) != 0)
     while (true) __nanosleep(1000);  // another thread is writing its report, and its trap ends this one, too
@@ -1950,12 +2017,13 @@ __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t pari
 }
 
 // 17. Toolbox: one function for each instruction that CUDA C++ does not offer =============================
-// asm("...") is an instruction of PTX, the GPU's assembly language. %0, %1 ... stand for the operands behind
-// the colons: results first ("=r" 32 bits, "=l" 64 bits), then inputs. volatile keeps the instruction,
-// "memory" keeps reads and writes on their side of it. Otherwise data could be read before it is here. PTX
-// calls a block a cta.
+// asm("...") is an instruction of PTX, the GPU's assembly language. %0, %1 ... stand for the operands after
+// the colons: first the results, then the inputs. "r" is an operand of 32 bits, "l" one of 64 bits, "=" a
+// result. volatile forbids the compiler to remove the instruction. "memory" forbids it to move reads and
+// writes from one side of the instruction to the other; otherwise data could be read before it has landed.
+// PTX calls a block a cta.
 
-// These instructions take addresses in shared memory as 32 bits, instead of pointers of 64.
+// These instructions take an address in shared memory as 32 bits, not as a pointer of 64 bits.
 __device__ uint32_t smem(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 __device__ uint32_t peer(const void* place, int rank) {
@@ -1980,15 +2048,15 @@ __device__ void barrier_init(uint64_t* b, int arrivals) {
 __device__ void barrier_arrive(uint64_t* b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(smem(b)) : "memory");
 }
-// Where bytes are expected, a plain arrival would not do: it would complete the phase before the bytes are
-// here. Bytes may land before this call; the phase waits for the arrival all the same.
+// A phase that expects bytes needs this kind of arrival. A plain arrival could complete the phase before the
+// bytes have landed. Bytes may land before this call, because the phase still waits for the arrival.
 __device__ void barrier_expect(uint64_t* b, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                :: "r"(smem(b)), "r"(bytes) : "memory");
 }
-// Sleeps for a while if the phase is open. The acquire is for the thread that asks, and for no other one, so
-// every thread that reads the data has to ask. For data from peers it has to cover the cluster. That empties
-// the processor's L1 cache, and so waits for data from this block alone do without.
+// Sleeps for a while if the phase is open. The acquire holds only for the thread that asks, so every thread
+// that reads the data has to ask. Data from a peer needs an acquire for the cluster, which empties the
+// processor's L1 cache. All other waits are for data of the own block, and leave L1 as it is.
 #define TRY_WAIT(scope) "{\n.reg .pred p;\n" \
     "mbarrier.try_wait.parity.acquire." scope ".shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 0, 1, p;\n}"
 __device__ bool barrier_open(uint64_t* b, uint32_t parity, bool by_peers) {
@@ -2006,25 +2074,25 @@ __device__ void named_barrier(int id, int threads) {
   asm volatile("barrier.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
 
-// Weights are read once a token, x is read by all blocks. So copies tell L2 to evict their bytes first: 1212
-// -> 1202 us.
+// Weights are read once in a token, but x is read by all blocks. So copies mark their bytes as the first ones
+// that L2 may replace. With this mark, a token takes 1202 us instead of 1212.
 __device__ uint64_t read_once_policy() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-// NVIDIA's name for the hardware that does this is TMA. Addresses and sizes are multiples of 16 bytes.
+// NVIDIA's name for the hardware that copies is TMA. Addresses and sizes are multiples of 16 bytes.
 __device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint64_t policy) {
   asm volatile(
   "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
       :: "r"(smem(to)), "l"(from), "r"(bytes), "r"(smem(full)), "l"(policy) : "memory");
 }
-// Bulk copies reach memory by another way than loads (a "proxy"), and the order of loads is not theirs. After
-// this they see all that this thread has acquired.
+// Bulk copies reach memory on another path (a "proxy") than loads, and an acquire does not order them. After
+// this fence, the thread's copies see all that the thread has acquired.
 __device__ void order_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-// A plain load could find an old x in the processor's own L1 cache. This one goes to L2, where the additions
-// are made, so value and count of a word are of the same moment.
+// A plain load could find an old x in the processor's own L1 cache. This load goes to L2, where the additions
+// are made, and gets value and count of a word at the same moment.
 __device__ longlong2 load_relaxed(const long long* p) {
   longlong2 v;
   asm volatile("ld.relaxed.gpu.global.v2.s64 {%0, %1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p));
@@ -2035,7 +2103,8 @@ __device__ float load_relaxed(const float* p) {
   asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(p));
   return v;
 }
-// "red" is an addition without a result, so no thread waits for it. An atomicAdd may make its caller wait.
+// "red" is an addition that returns nothing, so no thread waits for it. An atomicAdd may make its caller
+// wait.
 __device__ void add_relaxed(long long* p, long long v) {
   asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" :: "l"(p), "l"(v));
 }
@@ -2048,7 +2117,7 @@ __device__ unsigned load_acquire(const unsigned* counter) {
   return v;
 }
 
-// .nc is a load of bytes that nothing writes during the launch.
+// .nc loads bytes that nothing writes during the launch.
 __device__ uint4 load16(const half* p) {
   uint4 v;
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -2061,9 +2130,9 @@ __device__ unsigned long long global_ns() {
 }
 
 // 18. Taps and marks ======================================================================================
-// Both are decided when the kernel is compiled, and the shipped kernel has neither.
+// Compiler options add them. The shipped kernel has neither.
 //   -DTAPS       stages write what they compute to Model::taps. The bits of y stay the same. A new tap needs
-//                room in model.py and a name in test_block.py's STAGES
+//                room in Fused.taps in build.py, and a name in test_block.py's STAGES
 //   -DTIMELINE   thread 0 of every block writes the time, in ns, at each mark of a layer
 __device__ void Worker::tap(int where, float value) const {
 #ifdef TAPS
@@ -2078,8 +2147,8 @@ __device__ void Worker::mark(Mark event, int layer) const {
 }
 
 // 19. Host side ===========================================================================================
-// A block waits for all others at (4), (5) and (6). Two launches with half of the GPU each would wait for
-// ever. So the launch is *cooperative*: with this attribute the driver starts all blocks at once, or
+// A block waits for all others at (4), (5) and (6). If two launches had half of the GPU each, both would wait
+// for ever. So the launch is *cooperative*: with this attribute, the driver starts all blocks at once, or
 // refuses.
 
 static cudaLaunchConfig_t configure(cudaLaunchAttribute (&attributes)[2], int clusters, void* stream) {
@@ -2094,12 +2163,13 @@ static cudaLaunchConfig_t configure(cudaLaunchAttribute (&attributes)[2], int cl
 }
 
 // 20. Binding: plain C, called through Python's ctypes ====================================================
-// A function returns NULL, or what went wrong. CUDA keeps an error until a call asks for it.
-// cudaGetLastError takes it back, so that no later call meets it.
+// A function returns NULL, or a text that says what went wrong. CUDA remembers an error until
+// cudaGetLastError is called. CHECK calls it, so that a later call does not report the same error again.
 #define CHECK(call) \
   do { const cudaError_t e = (call); if (e) return cudaGetLastError(), cudaGetErrorString(e); } while (0)
 
-// How many clusters the device holds at once. The query accepts only the first attribute, that of clusters.
+// Counts the clusters that the GPU holds at once. The query accepts only the first attribute, the cluster's
+// size.
 extern "C" const char* fused_prepare(int* clusters) {
   int device, multiprocessors;
   cudaLaunchAttribute attributes[2];
@@ -2135,19 +2205,20 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
 // 21. Exercises ===========================================================================================
 // Edits worth trying, with what to expect of a token of 2.8b at T = 128 on an H200.
 //
-// 1. Clusters of 1 and of 4 (python bench.py --ablate). Expect clusters of 1 to take 28 % longer, because all
-//    rows of a head fall to one block. Expect clusters of 4 to take as long as 2, although fewer blocks fit
-//    on the GPU. Which of (1), (2), (3) takes longer?
-// 2. build.py: 4 and 16 ROWS instead of 8. With 4, reductions come twice as often: expect 3 % more. With 16,
-//    the ring is two tiles, 4 slots of 40 KB, and the producer is at most one tile ahead: expect far more.
-// 3. make_plan: filler = 0. The bits of y change, because every thread adds in another order. The block of a
-//    head takes longer by the time in which the pushes of (1) and (2) travel. How much is that for a token?
-// 4. build.py: attention_kib = 96. By the bytes, expect blocks with a head to add to x 1.4 us earlier, and
-//    the others 1.4 us later, but a token to take as long. At T = 2000, expect 2 % more. Then pace = 2**20,
-//    which means no pace: expect 1 % more in 2.8b, and 9 % in pythia-1b.
-// 5. Leave out the call of wait_for_x. The bits stay, because every thread checks what it reads. Expect a
-//    token to take 5 % longer, because all threads poll. Now leave out that check instead. How often do the
-//    bits change, and why do some launches not end (carry)?
+// 1. Clusters of 1 and of 4 (python bench.py --ablate). Expect clusters of 1 to take 28 % longer, because one
+//    block has all rows of a head. Expect clusters of 4 to take as long as clusters of 2, although fewer
+//    blocks fit on the GPU. Which of (1), (2), (3) takes longer?
+// 2. build.py: 4 and 16 ROWS instead of 8. With 4, the sums of tiles are taken twice as often: expect 3 %
+//    more. With 16, the ring has 4 slots of 40 KB, two tiles, and the producer is at most one tile ahead:
+//    expect two thirds more.
+// 3. make_plan: filler = 0. The bits of y change, because every thread adds in another order. A block with a
+//    head takes longer by the time in which the pushes for (1) and (2) travel. How much is that for a token?
+// 4. build.py: attention_kib = 96. Judging by bytes alone, blocks with a head add to x 1.4 us earlier, the
+//    others 1.4 us later, and a token takes as long as before. At T = 2000, expect 2 % more. Then pace =
+//    2**20, which means no pace: expect 1 % more in 2.8b, and 9 % in pythia-1b.
+// 5. Leave out the call of wait_for_x. The bits stay the same, because every thread checks what it reads.
+//    Expect a token to take 5 % longer, because all threads poll. Now leave out the check in read_residual
+//    instead. How often do the bits change, and why do some launches not end? (See carry.)
 // 6. dot_tile: leave out `flip ^= 1`, so that all tiles use the same warp_dots. Find the interleaving of two
-//    warps that goes wrong. Count how often it does, on a GPU, or in the orders of simulator.cpp
+//    warps that goes wrong. Count how often it does, on a GPU, or in the random orders of simulator.cpp
 //    (test_block.py -k simulated_block).
