@@ -232,6 +232,14 @@ def read_rate(gpu):
     return max(run["read_bytes_a_second"] for run in runs if "read_by" in run)
 
 
+def measured_us(gpu, config, context):
+    """Median us of a greedy token in results/ for one of SIZES at `context` tokens; None if there is none."""
+    rows = json.loads((HERE / "results" / f"bench-{gpu}.json").read_text())["rows"]
+    row = next((rows.get(f"step {name} {context} greedy") for name in SIZES
+                if Config.from_name(name) == config), None)
+    return statistics.median(row["us"]) if row else None
+
+
 class Case:
     """A model with `context` tokens in its cache, the next token, and that token's logits in float64."""
 

@@ -36,11 +36,11 @@
 //
 // The budget. With one text at a time, each weight is used once for each token. So a layer takes at least the
 // time in which memory delivers its bytes:
-//     (4*C*C + 2*C*MLP) weights of 2 bytes         157.3 MB / 4.65 TB/s =   33.8 us a layer
-//     keys and values of T tokens: 4*C*T bytes      1.31 MB / 4.65 TB/s =    0.3 us a layer
-//     L layers, and 2*V*C bytes of the LM head     5.333 GB / 4.65 TB/s = 1147   us a token: the floor
-// This H200 delivers 4.65 TB/s to a kernel that does nothing but read, and a second H200 delivered 4.55. The
-// kernel below takes 1216 us for a token, 6 % above the floor.
+//     (4*C*C + 2*C*MLP) weights of 2 bytes         157.3 MB / 4.72 TB/s =   33.3 us a layer
+//     keys and values of T tokens: 4*C*T bytes      1.31 MB / 4.72 TB/s =    0.3 us a layer
+//     L layers, and 2*V*C bytes of the LM head     5.335 GB / 4.72 TB/s = 1130   us a token: the floor
+// An H200 delivers 4.72 TB/s to the fastest of several kernels that do nothing but read. The kernel below
+// takes 1203 us for a token, 6 % above the floor.
 //
 // Arithmetic is not the limit. Without GELU and without sums across threads the kernel computes nonsense, but
 // it takes 1277 to 1281 us instead of 1280. So tensor cores, which make arithmetic faster, would gain
@@ -55,8 +55,7 @@
 // have numbers, (0) to (6). Syncs inside a block have letters, such as (a).
 //
 // Times are microseconds (us) for one token of 2.8b, unless a sentence says otherwise. Compare only times
-// within one sentence, because versions and runs of the kernel differ: the runs of bench.py --ablate measured
-// 1204 us where the record has 1216.
+// within one sentence, because versions and runs of the kernel differ.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -135,11 +134,10 @@
 //
 // Why does a head need two blocks? A layer has 4*C + 2*MLP = 30720 rows, so a fair share is 233 rows for each
 // of the 132 blocks. A head alone has 4*HS = 320. If one block did a whole head, it would be late, and all
-// other blocks would wait for it at (4). With clusters of 1 a token takes 1542 us, with clusters of 2 it
-// takes
-// 1204. In a cluster of 2 each block has 160 rows of the head, and hidden units fill the rest of its share.
-// Larger clusters gain nothing here. So default_cluster in build.py chooses the smallest cluster in which a
-// block's part of a head is no more than its fair share.
+// other blocks would wait for it at (4). With clusters of 1 a token takes 1543 us, with clusters of 2 it
+// takes 1202. In a cluster of 2 each block has 160 rows of the head, and hidden units fill the rest of its
+// share. Larger clusters gain little: 1205 us with 4 blocks, 1190 with 8. So default_cluster in build.py
+// chooses the smallest cluster in which a block's part of a head is no more than its fair share.
 
 // 3. The layer loop =======================================================================================
 // The loop below is what one worker does. A few sizes come first, with their values for 2.8b in brackets.
@@ -464,8 +462,8 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory
 // All this is called a *reduction*. One reduction takes longer than memory needs to deliver one row.
 //
 // The answer. A *tile* of 8 rows shares one reduction. All workers first multiply their columns of 8 rows,
-// and keep 8 sums in registers. Then they reduce all 8 sums together. With tiles of 2 rows a token takes 1984
-// us, with 4 rows 1236, with 8 rows 1204. Tiles of 16 rows are too large, because only two of them fit into
+// and keep 8 sums in registers. Then they reduce all 8 sums together. With tiles of 2 rows a token takes 2028
+// us, with 4 rows 1219, with 8 rows 1203. Tiles of 16 rows are too large, because only two of them fit into
 // the ring: a token takes 2132 us instead of 1272.
 //
 // This chapter assumes that the next tile is already in shared memory.
@@ -601,7 +599,7 @@ __device__ void Worker::axpy_tile(float a, int n) {
 
 // 5. The ring =============================================================================================
 // The problem. Memory answers a request only after some time, so many requests have to be on their way at any
-// moment. A processor's share of 4.65 TB/s is 35.2 KB in each us. So for every us that an answer takes, 35.2
+// moment. A processor's share of 4.72 TB/s is 35.8 KB in each us. So for every us that an answer takes, 35.8
 // KB have to be on their way. If workers loaded weights themselves, these bytes would need 28 registers of
 // each worker. And no loads would start while workers wait at (4).
 //
@@ -613,7 +611,7 @@ __device__ void Worker::axpy_tile(float a, int n) {
 // two other things: once a token, at (h), for the keys and values of the token before; and for the clock,
 // chapter 15.)
 //
-// What this gains. The ring holds 205 KB, which is 5.8 us of reading, so shorter waits do not interrupt the
+// What this gains. The ring holds 205 KB, which is 5.7 us of reading, so shorter waits do not interrupt the
 // reading. With 9, 8 and 7 slots a token takes 1262, 1274 and 1286 us instead of 1252. With copies of 1 KB it
 // takes 2380 us instead of 1271.
 //
@@ -973,7 +971,7 @@ __device__ void Worker::rotate_and_append(int layer, int h, int position) const 
 //   who     rank r: tokens first_token .. last_token - 1. The last rank also takes the new token, because no
 //           rank has fewer cached tokens. In a warp, 16 lanes share a token. Of these, 10 have 8 of the 80
 //           dimensions each, and 6 have none
-//   bytes   4 * HS * T / K, 20 KB; with T = 2048, 328 KB, which takes 9.3 us
+//   bytes   4 * HS * T / K, 20 KB; with T = 2048, 328 KB, which takes 9.2 us
 //   syncs   (F) (E) for each slot; (e) makes push_attention wait for the results of all warps; (2) later
 // Sets are merged three times: those of lanes here, those of warps in push_attention, those of ranks in S6.
 constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // lanes for a token [16]
@@ -1404,7 +1402,7 @@ __device__ int Worker::kept_token(int k) const {
 // S10 LM HEAD
 //   math    logits = rows . LNf(x); noise = -temperature * log(E)
 //   who     each block, for the rows in s.rows; one thread keeps the logit of a row
-//   bytes   2 * V * C / 132, 1.95 MB, 55 us
+//   bytes   2 * V * C / 132, 1.95 MB, 54 us
 //   syncs   after (4); (F) (E) for each half tile; (c) for each tile
 // The noise does not depend on the logits, so it can be made at any time. Half way through the loop is a good
 // time. There the ring is nearly empty, because workers are faster than memory, so the copies continue while
@@ -1768,30 +1766,30 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 // This table follows thread 0 of block 11 through one layer. Block 11 is rank 1 of cluster 5. A line ends at
 // the mark in its first column (chapter 18). The columns of numbers, all rounded, are:
 //     KB       what the block reads
-//     share    the us in which the block's fair share of the memory, 35.2 KB a us, delivers these bytes
+//     share    the us in which the block's fair share of the memory, 35.8 KB a us, delivers these bytes
 //     took     the us that the line took, as a mean over the layers of the record in results/
 //
 //  mark        thread 0 of block 11                                          KB  share  took  waits for
-//  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                 1.5  L2, (a)
+//  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                 2.3  L2, (a)
 //              S1: normalizes columns 0..7, which it has from here on                          (b)
-//  QKV         S2: rows 1320..1439: head 5, k from dimension 40 on, and v    615   17.5  13.4  memory
-//  1           S8: units 88..95, 600..607; (1)                               164    4.7   4.4  memory
+//  QKV         S2: rows 1320..1439: head 5, k from dimension 40 on, and v    615   17.2  13.2  memory
+//  1           S8: units 88..95, 600..607; (1)                               164    4.6   4.3  memory
 //  ATTEND      S3: rotates q[0] with q[10]; S4: threads 80..239 append k, v               1.7  (d)
 //              S5: takes dimensions 0..7 of tokens 64, 84, 104, 124           20    0.6        (e)
 //              S5: merges o[0] of 10 warps, and pushes it to rank 0
-//  2           S8: units 1112..1119, 1624..1631; (2)                         164    4.7   3.5  memory
-//  OUT, UNITS  S6, S7: output rows 440..479; S8: units 2078..2080            236    6.7   7.0  memory
-//  3           S9: pushes y[0..7] to rank 0; (3)                                          0.6  peer's sums
+//  2           S8: units 1112..1119, 1624..1631; (2)                         164    4.6   3.6  memory
+//  OUT, UNITS  S6, S7: output rows 440..479; S8: units 2078..2080            236    6.6   6.9  memory
+//  3           S9: pushes y[0..7] to rank 0; (3)                                          0.7  peer's sums
 //  ADDED       S9: adds columns 1280, 1600, 1920, 2240 of the sum to x                    0.4  L2
-//  START       (4): polls columns 2558 and 2559 of x                                      3.7  other blocks
-//  a layer                                                                  1198   34.0  36.0
+//  START       (4): polls columns 2558 and 2559 of x                                      2.9  other blocks
+//  a layer                                                                  1198   33.5  36.0
 //
-// A layer takes 1.9 us longer than its bytes need. This time is lost between two layers: from the last unit
-// of a layer to the end of the next S2 it is 19.5 us, and the bytes of S2 need 17.5. The first 6.1 us of
-// these are S9, (4), S0 and S1, in which the workers free no slot. The ring is full after 5.8 us of copies,
-// and then memory pauses. This explains 0.3 us of the loss. The rest is not explained. The 3.7 us at (4)
-// have three parts: 1.0 until the last block of the grid has added, 1.8 until the first block sees a complete
-// x, and 0.8 until block 11 sees it.
+// A layer takes 2.5 us longer than its bytes need. This time is lost between two layers: from the last unit
+// of a layer to the end of the next S2 it is 19.6 us, and the bytes of S2 need 17.2. The first 6.3 us of
+// these are S9, (4), S0 and S1, in which the workers free no slot. The ring is full after 5.7 us of copies,
+// and then memory pauses. This explains 0.6 us of the loss. The rest is not explained. The 2.9 us at (4)
+// have three parts: 1.0 until the last block of the grid has added, 1.6 until the first block sees a complete
+// x, and 0.3 until block 11 sees it.
 //
 // Follow one number: hidden unit 602 of block 11, in layer 0 of a launch's first token.
 //  1. Its up row lies in global memory: w_up + 602 * C, 5120 bytes.
@@ -1834,13 +1832,13 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 //
 // For example, the inbox qkv of rank 1 of cluster 5 in two layers. Times are us since layer 0 began, by the
 // table of chapter 11.
-//     1.5 .. 14.9   Both ranks do S2, and push their rows into this inbox.
-//     19.3          Rank 1 passes (1) with parity 0: all 960 bytes have landed.
-//     < 21.0        Rank 1 reads the inbox in S3. After (d), all its threads have read it.
-//     21.0          Rank 1 pushes its top, l and o to rank 0.
-//     24.5          Rank 0 passes (2), which needs this push.
-//     37.5          Rank 0 begins S2 of layer 1, and pushes into the inbox again. This is safe.
-//     55.3          Rank 1 passes (1) with parity 1.
+//     2.3 .. 15.5   Both ranks do S2, and push their rows into this inbox.
+//     19.8          Rank 1 passes (1) with parity 0: all 960 bytes have landed.
+//     < 21.5        Rank 1 reads the inbox in S3. After (d), all its threads have read it.
+//     21.5          Rank 1 pushes its top, l and o to rank 0.
+//     25.0          Rank 0 passes (2), which needs this push.
+//     38.3          Rank 0 begins S2 of layer 1, and pushes into the inbox again. This is safe.
+//     55.8          Rank 1 passes (1) with parity 1.
 //
 // Buffers of x. A block must not add to a buffer that another block still reads.
 //     1. Each block reads x from one buffer.

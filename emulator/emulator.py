@@ -29,8 +29,6 @@ from checkpoint import Refused
 from model import Config, Pythia
 
 SOURCE = build.SOURCE.read_text()
-# fits bench.py's record at 128 tokens: bytes a second of a step, us of a layer without bytes, us once a token
-STEP_RATE, LAYER_US, TOKEN_US = 4.5e12, 4.15, 1.1
 
 # ---- constants ---------------------------------------------------------------------------------------------
 
@@ -472,13 +470,6 @@ def layer_bytes(config, position):
     return (token - ends) / config.n_layer, ends
 
 
-def expected_us(config, position):
-    """Microseconds a token on an H200. A layer's bytes and its chain of small steps overlap, so the longer
-    counts most: the root of the sum of their squares."""
-    layer, ends = (count / STEP_RATE * 1e6 for count in layer_bytes(config, position))
-    return config.n_layer * math.hypot(layer, LAYER_US) + ends + TOKEN_US
-
-
 def explain(name, cluster=None, arch="sm_90a", position=128, sms=132):
     """Prints how the work on a token is laid out, for a model (one of SIZES, or a Config) and a GPU.
 
@@ -489,8 +480,9 @@ def explain(name, cluster=None, arch="sm_90a", position=128, sms=132):
     k = kernel_constants(constants(config, arch, cluster, sms=sms))
     if not 0 <= position < k.CTX:
         raise Refused(f"position {position} is not in 0..{k.CTX - 1}: take one that is")
-    from bench import read_rate  # slow to import, and needed only here
+    from bench import measured_us, read_rate  # slow to import, and needed only here
     clusters, rate = fitting_clusters(k.K, sms), read_rate("h200")
+    times = measured_us("h200", config, position)
     blocks, us = clusters * k.K, 1e6 / rate
     work = []  # of each block: heads, hidden units, KB of heads, of K/V, of units, of all
     for block in range(blocks):
@@ -521,7 +513,7 @@ ring      {k.SLOTS} slots, {ring / 1024:.0f} of {k.SHARED_BYTES / 1024:.0f} KiB 
 floor     a layer {layer / 1e6:.2f} MB, {layer * us:.2f} us; K/V {4 * k.C * position / 1e6:.2f} MB of it
           a token {token / 1e6:.1f} MB, {token * us:.1f} us; LM head {2 * k.V * k.C / 1e6:.1f} MB of it
           at the {rate / 1e12:.3f} TB/s that the fastest reader gets from the H200 in results/
-expected  {expected_us(config, position):.0f} us a token on an H200, by a fit: see expected_us in emulator.py
+measured  {f'{times:.1f} us a token' if times else 'not in results/, for this shape and so many tokens'}
 
 a layer:
 blocks  heads  hidden units   KB of heads   KB of K/V   KB of units   KB of all""")
