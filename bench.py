@@ -237,7 +237,7 @@ def measured_us(gpu, config, context):
     rows = json.loads((HERE / "results" / f"bench-{gpu}.json").read_text())["rows"]
     row = next((rows.get(f"step {name} {context} greedy") for name in SIZES
                 if Config.from_name(name) == config), None)
-    return statistics.median(row["us"]) if row else None
+    return median(row["us"]) if row else None
 
 
 class Case:

@@ -218,25 +218,26 @@ def device_arch(device):
 class Fused:
     """Decodes with the kernel in fused_block.cu, up to TOKENS tokens a launch.
 
-    It shares the model's weights and a key/value cache with the reference, and owns the few buffers that a
-    launch works in. Token, position and the sampler's settings lie in the GPU's memory, so a launch needs
-    nothing from the host. One text at a time: when another begins, the older one ends with Refused.
+    It shares the model's weights and a key/value cache with the reference, which reads the prompt. It owns
+    the few buffers that a launch works in. Token, position and the sampler's settings lie in the GPU's
+    memory, so a launch needs nothing from the host. A decoder writes one text at a time: when another text
+    begins, the older one ends with Refused.
     """
     TOKENS = 8
 
     def __init__(self, model, cache=None, graph=True, source=SOURCE, **tuning):
         """Compiles the kernel for the model's shape the first time.
 
-        `cache` (from `model.new_cache`) is shared with the reference, so that either can go on where the
-        other stopped. `graph` replays a captured CUDA graph. `tuning`: arguments of `constants`. Raises Refused
-        where the kernel cannot run.
+        `cache` (from `model.new_cache`) is shared with the reference, so that the kernel can go on where the
+        reference has stopped, and the other way round. With `graph`, a captured CUDA graph is replayed.
+        `tuning` are arguments of `constants`. Raises Refused if the kernel cannot run.
         """
         device, dtype = model.embed_in.device, model.embed_in.dtype
         if device.type != "cuda" or dtype != torch.float16:
             raise Refused(f"the fused kernel runs float16 on a CUDA GPU, not {dtype} on {device.type}: "
                           "take dtype float16 and device cuda, or leave fused out")
         arch, gpu = device_arch(device), torch.cuda.get_device_properties(device)
-        # a clock in kHz, two transfers a clock, a bus in bits: bytes a ns
+        # bytes a ns: two transfers in a cycle of the clock (kHz), over a bus (bits)
         rate = 2 * gpu.memory_clock_rate * gpu.memory_bus_width // 8 // 10**6
         self.defines = constants(model.config, arch, **{"sms": gpu.multi_processor_count, "memory_rate": rate}
                                  | tuning)
@@ -257,8 +258,9 @@ class Fused:
     def allocate(self, model, cache, blocks):
         """Makes the buffers, and the kernel's parameter: pointers to the weights, the cache and the buffers.
 
-        The kernel trusts its pointers, so everything is compared with what its struct Model says. Raises
-        Refused for the first tensor of another shape, dtype or device, or not contiguous.
+        The kernel trusts its pointers, so every tensor is compared with what the kernel's struct Model
+        expects. Raises Refused for the first tensor that has another shape, dtype or device, or is not
+        contiguous.
         """
         c, device = model.config, model.embed_in.device
         cache = model.new_cache() if cache is None else cache
@@ -295,7 +297,7 @@ class Fused:
                 raise Refused(f"{name} is not contiguous, or not at a multiple of 16 bytes: load the model "
                               "anew")
         *weights, cache = [tensor.detach() for _, tensor, _, _ in read]
-        # all that a launch reads or writes; keeps the memory, whatever becomes of the model's attributes
+        # all that a launch reads or writes; this list keeps the memory when the model's attributes change
         self.tensors = [*weights[:-1], *weights[-1], cache, self.residual, self.logits, self.history,
                         self.state, self.settings, self.failure, self.taps, self.timeline]
         self.pointers = (ctypes.c_void_p * len(self.tensors))(*(t.data_ptr() for t in self.tensors))
@@ -333,8 +335,9 @@ class Fused:
     def launch(self, first_layer, last_layer, tokens=0):
         """Layers first_layer..last_layer - 1 on the current stream.
 
-        With first_layer 0, x is the token's embedding, otherwise what the launch before left. With `tokens`,
-        all layers run that often, up to the end of the context; each time the LM head chooses the next token.
+        With first_layer 0, x begins as the token's embedding, otherwise as the x of the last launch. With
+        `tokens`, the launch makes so many tokens, fewer at the end of the context: for each of them, all
+        layers run, and the LM head chooses the next token.
         """
         if first_layer not in (0, self.next_layer):
             raise Refused(f"layer {first_layer} has no input: launch layer {self.next_layer} first")
@@ -345,8 +348,8 @@ class Fused:
         self.next_layer = 0 if tokens else last_layer
 
     def step(self, tokens=1):
-        """Makes `tokens` in one launch on the current stream, without waiting for it."""
-        if not self.use_graph or tokens != self.TOKENS:  # to capture other graphs would take longer
+        """Starts a launch on the current stream that makes `tokens` tokens, and does not wait for it."""
+        if not self.use_graph or tokens != self.TOKENS:  # other numbers are rare: a capture takes longer
             return self.launch(0, self.config.n_layer, tokens)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
@@ -360,8 +363,8 @@ class Fused:
     def decode(self, token, pos, steps, sampler=GREEDY, text=None):
         """Yields `steps` ids (ints) after `token` at `pos`; the GPU is a launch ahead of what is yielded.
 
-        `text` is what `begin` returned, if the cache was filled after it. All launches go to the stream that
-        is current at the first. Raises Refused when another text begins.
+        `text` is the number from `begin`, if `begin` was called before the cache was filled. All launches go
+        to the stream that is current at the first launch. Raises Refused when another text begins.
         """
         text, end = self.begin() if text is None else text, pos + steps
         if end > self.config.context:
@@ -381,7 +384,7 @@ class Fused:
             if at > pos:
                 self.wait(ready.popleft())
                 made = self.history[at - self.TOKENS:min(at, end)].tolist()
-                self.check_text(text)  # after reading: what was read is of this text
+                self.check_text(text)  # after reading, so that what was read belongs to this text
                 yield from made
 
     def check_text(self, text):
@@ -395,7 +398,7 @@ class Fused:
 
     @contextmanager
     def failures_explained(self):
-        """Whichever call meets the error of a launch that gave up raises RuntimeError with its report."""
+        """Raises RuntimeError with the report of a launch that gave up, at the call that sees its error."""
         try:
             yield
         except RuntimeError as error:

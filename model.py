@@ -5,10 +5,11 @@ MLP both read the layer's input x, and both are added to it:
 
     x = x + attn(LN1(x)) + mlp(LN2(x))
 
-Symbols, here and in the kernel: C hidden size, NH heads, HS = C / NH head size, F = 4 C MLP width,
-ROT rotary dimensions of a head, V vocabulary, L layers. Here only: B sequences in a batch, N new tokens that
-one call reads, at positions pos..pos+N-1. Every matrix is stored as rows of length C (two of a layer's four
-are transposed while loading), so that one copy of the weights serves this file and the kernel.
+Symbols, here and in the kernel: C hidden size, NH heads, HS = C / NH head size, ROT rotary dimensions of a
+head, V vocabulary, L layers. F = 4 C is the width of the MLP; the kernel calls it MLP. Two symbols are of
+this file alone: B is the number of sequences in a batch, and N the number of new tokens that one call reads,
+at positions pos..pos+N-1. Every matrix is stored as rows of length C, so that one copy of the weights serves
+this file and the kernel. Two of a layer's four matrices are transposed for this while they are loaded.
 """
 import itertools
 import math
@@ -35,7 +36,7 @@ SIZES = {  # name: (L, C, NH, V); in all ten F = 4 C, ROT = HS / 4, and there ar
     "pythia-6.9b": (32, 4096, 32, 50432),
     "pythia-12b": (36, 5120, 40, 50688),
 }
-# PyTorch's attention kernels but cuDNN's, which builds a plan for every new number of keys: 40 ms a token
+# All of PyTorch's attention kernels except cuDNN's, which spends 40 ms a token on a plan for each new length
 ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -65,7 +66,7 @@ class Config:
 
     @classmethod
     def from_name(cls, name):
-        """The Config of one of SIZES; "EleutherAI/" before and "-deduped" after the name change nothing."""
+        """The Config of one of SIZES. A prefix "EleutherAI/" and a suffix "-deduped" are ignored."""
         size = name.removeprefix("EleutherAI/").removesuffix("-deduped")
         if size not in SIZES:
             raise Refused(f"no Pythia size is called {name!r}: take one of {', '.join(SIZES)}")
@@ -76,7 +77,7 @@ class Config:
     def from_pretrained(cls, name_or_folder, revision=None):
         """The Config of a checkpoint on the Hugging Face Hub or in a folder.
 
-        Raises Refused where it cannot be read, or where this file cannot run such a model.
+        Raises Refused if the files cannot be read, or if this file cannot run such a model.
         """
         return cls(**read_config(fetch(name_or_folder, revision, weights=False)))
 
@@ -92,7 +93,7 @@ class Config:
 
 
 class Block(nn.Module):
-    """One layer."""
+    """One layer of the model, a transformer block. (In the kernel, a block is a group of threads.)"""
 
     def __init__(self, config, tensor):
         """`tensor(name, *shape, transposed=False)` supplies a weight under its name within the layer."""
@@ -103,13 +104,13 @@ class Block(nn.Module):
         self.ln1_b = tensor("input_layernorm.bias", C)
         self.ln2_w = tensor("post_attention_layernorm.weight", C)
         self.ln2_b = tensor("post_attention_layernorm.bias", C)
-        self.w_qkv = tensor("attention.query_key_value.weight", 3 * C, C)         # rows: NH x (q, k, v) x HS
+        self.w_qkv = tensor("attention.query_key_value.weight", 3 * C, C)         # [NH, (q, k, v), HS] rows
         self.b_qkv = tensor("attention.query_key_value.bias", 3 * C)
-        self.w_out = tensor("attention.dense.weight", C, C, transposed=True)      # row: what o[h, d] adds
+        self.w_out = tensor("attention.dense.weight", C, C, transposed=True)      # row: weights of o[h, d]
         self.b_out = tensor("attention.dense.bias", C)
         self.w_up = tensor("mlp.dense_h_to_4h.weight", F, C)                      # row: makes hidden unit j
         self.b_up = tensor("mlp.dense_h_to_4h.bias", F)
-        self.w_down = tensor("mlp.dense_4h_to_h.weight", F, C, transposed=True)   # row: what unit j adds
+        self.w_down = tensor("mlp.dense_4h_to_h.weight", F, C, transposed=True)   # row: weights of unit j
         self.b_down = tensor("mlp.dense_4h_to_h.bias", C)
 
     def forward(self, x, rope, cache_kv=None, pos=0):
@@ -122,7 +123,7 @@ class Block(nn.Module):
         attn = self.attend(layer_norm(x, (C,), self.ln1_w, self.ln1_b, eps), rope, cache_kv, pos)
         hidden = linear(layer_norm(x, (C,), self.ln2_w, self.ln2_b, eps), self.w_up, self.b_up)
         mlp = linear(gelu(hidden), self.w_down.T, self.b_down)                    # [B, N, F] -> [B, N, C]
-        return x + (attn + mlp)                                                   # rounds once at x's size
+        return x + (attn + mlp)                                                   # one rounding to x's digits
 
     def attend(self, x, rope, cache_kv, pos):
         (B, N, C), NH, HS = x.shape, self.config.n_head, self.config.head_size
@@ -170,7 +171,7 @@ class Pythia(nn.Module):
         self.rope = torch.stack((angle.cos(), angle.sin()))                       # [2, context, ROT/2] fp32
 
     def _apply(self, *args, **kw):
-        """What .to(), .half(), .cuda() do to the weights. The RoPE table moves along, but stays float32."""
+        """Does what .to(), .half(), .cuda() do. The RoPE table moves with the weights, but stays float32."""
         super()._apply(*args, **kw)
         self.rope = self.rope.to(self.embed_in.device)
         return self
@@ -186,7 +187,7 @@ class Pythia(nn.Module):
 
     @sdpa_kernel(ATTENTION_KERNELS)
     def body(self, tokens, cache, pos):
-        """All but the LM head: the final LayerNorm's output [B, N, C]."""
+        """Everything before the LM head: the final LayerNorm's output [B, N, C]."""
         end = pos + tokens.shape[1]
         if end > self.config.context:
             raise Refused(f"position {end - 1} is past the last of {self.config.context} positions: "
@@ -197,7 +198,8 @@ class Pythia(nn.Module):
         return layer_norm(x, (self.config.hidden,), self.lnf_w, self.lnf_b, self.config.eps)
 
     def new_cache(self, batch=1):
-        """A key/value cache [L, 2, B, NH, context, HS], not initialised: rows are written, then read."""
+        """A key/value cache [L, 2, B, NH, context, HS], not initialised: a row is written before it is
+        read."""
         c = self.config
         return torch.empty(c.n_layer, 2, batch, c.n_head, c.context, c.head_size,
                            dtype=self.embed_in.dtype, device=self.embed_in.device)
@@ -206,10 +208,10 @@ class Pythia(nn.Module):
                  fused=None):
         """Yields up to `max_new_tokens` ids (ints) that continue `tokens` (list or 1-D tensor), as they come.
 
-        `temperature`, `top_k`, `top_p` and `seed` are `Sampler`'s; without a seed every text is another. The
-        text ends early with a token of `config.eos`, which is yielded, or after the last position. `fused`, a
-        `build.Fused(model)`, decodes with the kernel. Raises Refused, before any work, for arguments that
-        cannot be.
+        `temperature`, `top_k`, `top_p` and `seed` are `Sampler`'s. Without a seed, each call draws a
+        different text. The text ends early with a token of `config.eos`, which is yielded, or after the last
+        position. The model reads the prompt. `fused`, a `build.Fused(model)`, then decodes with the kernel.
+        Raises Refused, before any work, for invalid arguments.
         """
         c, tokens = self.config, torch.as_tensor(tokens, dtype=torch.int64)
         if tokens.ndim != 1:
@@ -233,7 +235,7 @@ class Pythia(nn.Module):
 
     @torch.inference_mode()
     def stream(self, tokens, steps, sampler, decoder):
-        """Yields what `generate` says: `steps` ids after `tokens` [N], unless an end-of-text token comes."""
+        """Yields `steps` ids after `tokens` [N], or fewer if an end-of-text token comes: see `generate`."""
         if steps == 0:
             return
         text, pos = decoder.begin(), len(tokens)
@@ -252,7 +254,7 @@ class Pythia(nn.Module):
         """A checkpoint from the Hugging Face Hub ("EleutherAI/pythia-70m", revision="step3000") or a folder.
 
         The files are safetensors or .bin, whole or sharded; `dtype` is one of DTYPES or its name. Raises
-        Refused where they cannot be had, or are not exactly this model.
+        Refused if the files cannot be loaded, or do not fit this model exactly.
         """
         from transformers.utils import logging
         dtype = DTYPES.get(dtype, dtype)
@@ -266,7 +268,7 @@ class Pythia(nn.Module):
                           "quantised")
 
         def tensor(name, *shape, transposed=False):
-            """Takes one weight away from what was read, so that all weights never exist twice."""
+            """Moves one weight out of the dict, so that there are never two copies of the whole model."""
             if name not in weights:
                 refuse(f"lacks {name}")
             w, asked = weights.pop(name), shape[::-1] if transposed else shape
@@ -276,7 +278,7 @@ class Pythia(nn.Module):
             if not torch.stack(w.aminmax()).isfinite().all():                     # aminmax passes NaN on
                 raise Refused(f"{folder} has NaN or Inf in {name}, read as {dtype}: take dtype "
                               "float32 or bfloat16, or fetch its files again")
-            if transposed:  # in the same memory, which for a file that is mapped are its (private) pages
+            if transposed:  # in place; of a mapped file, this changes private copies of its pages only
                 w = w.view(shape).copy_(w.T.contiguous())
             bar.update()
             return nn.Parameter(w, requires_grad=False)
@@ -292,7 +294,7 @@ class Pythia(nn.Module):
         """A model of the shape `name` (one of SIZES, or a Config) with random weights made on the device.
 
         They are as hard on arithmetic as trained ones: LayerNorm gains around 1, biases that are not 0, four
-        channels of the residual stream far larger than the rest. Seed, dtype and kind of device fix them.
+        channels of x far larger than the rest. The weights depend on seed, dtype and kind of device alone.
         """
         dtype = DTYPES.get(dtype, dtype)
         check_device(dtype, device)
@@ -310,7 +312,7 @@ class Pythia(nn.Module):
             elif name.endswith("embed_in.weight"):
                 w.normal_(0, 1, generator=rng)
                 w[:, outliers] *= 10
-            elif transposed:  # [inputs, outputs] into the residual stream, whose size must not grow with L
+            elif transposed:  # [inputs, outputs], is added to x; scaled so that x does not grow with L
                 w.normal_(0, (shape[0] * 2 * config.n_layer) ** -0.5, generator=rng)
                 w[:, outliers] *= 10
             else:             # [outputs, inputs]
@@ -343,13 +345,14 @@ class Sampler:
     """Chooses the next token from logits [V].
 
     `temperature` 0 takes the likeliest token. Above 0 the token is drawn from softmax(logits / temperature),
-    cut to the `top_k` likeliest tokens and then to the fewest that hold the probability `top_p`: a token is
-    kept if the tokens ranked before it hold less. Tokens are ranked by logit, equal logits by smaller id.
+    cut to the `top_k` likeliest tokens, and then to the fewest likeliest tokens that have the share `top_p`
+    of their probability: a token is kept if the likelier tokens have less. Of equal logits, the smaller id is
+    likelier.
 
-    The draw is an argmax: with independent E ~ Exp(1), the largest of logit - temperature * log(E) belongs to
-    each token with its softmax probability (the Gumbel-max trick). E depends on `seed`, on the position that
-    the token will have, and on the token alone, so the kernel draws the same token wherever it computes the
-    same logits.
+    The draw is an argmax. Each token has the key logit - temperature * log(E), with an independent E ~
+    Exp(1). A token has the largest key with exactly its softmax probability (the Gumbel-max trick). E depends
+    on `seed`, on the position that the token will have, and on the token alone. So the kernel draws the same
+    token wherever it computes the same logits.
     """
     temperature: float = 0.0
     top_k: int | None = None
@@ -378,8 +381,8 @@ class Sampler:
     def noise(self, tokens, position):
         """-temperature * log(E) [n] fp32 for token ids [n], by Philox4x32-10 (Salmon et al., SC11).
 
-        Philox keeps no state. It scrambles a count, here (token // 4, position), keyed by the seed, into four
-        words of 32 bits, here one for each of four tokens.
+        Philox keeps no state. It scrambles a counter, here (token // 4, position), and a key, here the seed,
+        into four words of 32 bits. These serve four tokens.
         """
         count, low32 = [tokens // 4, position, 0, 0], 2**32 - 1
         key = self.seed & low32, self.seed >> 32 & low32
@@ -389,14 +392,14 @@ class Sampler:
                      a >> 32 & low32 ^ count[3] ^ key[1], a & low32]
             key = (key[0] + 0x9E3779B9) & low32, (key[1] + 0xBB67AE85) & low32
         word = torch.stack(count, 1).gather(1, tokens[:, None] % 4)[:, 0]
-        u = word.float() * 2.0**-32 + 2.0**-33                                    # over 0, up to 1
+        u = word.float() * 2.0**-32 + 2.0**-33                                    # above 0, up to 1
         return -self.temperature * torch.log(-torch.log1p(-u))
 
     def kept(self, logits):
-        """The ids [n] that top-k and top-p keep of logits [V]. Masses are integers, as the kernel's are."""
+        """The ids [n] that top-k and top-p keep of logits [V]. The mass is in integers, as in the kernel."""
         ranked, order = logits.sort(descending=True, stable=True)                 # equal ones by id
         mass = (((ranked - ranked[0]) / self.temperature).exp() * 2.0**30).long()[:self.top_k]
-        limit = math.ceil((self.top_p or 1.0) * float(mass.sum()))                # of the mass ranked before
+        limit = math.ceil((self.top_p or 1.0) * float(mass.sum()))                # of what is likelier
         return order[:self.top_k][mass.cumsum(0) - mass < limit].sort().values
 
 

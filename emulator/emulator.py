@@ -3,11 +3,11 @@
     python emulator/emulator.py                           one token of tiny-pythia, compared with float64
     python emulator/emulator.py --explain pythia-2.8b     how the work is laid out; needs neither GPU nor compiler
 
-A function that mirrors one of the kernel's has its name and its order; arithmetic is float64. Thread blocks
-take turns here, so a sync is where one loop over blocks ends and the next begins; its id is that of the
-kernel's sync table. The constants are read from the kernel's source. Data passes from producer to workers in
-order and without an address, as in the ring: whoever expects another tile computes nonsense. What has not
-arrived is NaN.
+A function here that mirrors a function of the kernel has the same name and order. Arithmetic is float64.
+Thread blocks run one after another, so a sync is the place where one loop over blocks ends and the next loop
+begins. Comments such as (4) are the kernel's names of syncs. The constants are read from the kernel's source.
+Data passes from producer to workers in order and without a label, as in the ring: if the workers expect
+another tile than the producer copies, results are wrong. What has not arrived is NaN.
 """
 import argparse
 import math
@@ -33,7 +33,7 @@ SOURCE = build.SOURCE.read_text()
 # ---- constants ---------------------------------------------------------------------------------------------
 
 def evaluate(expression, names):
-    """The value of a C++ expression in which `names` {name: number} may stand."""
+    """The value of a C++ expression, which may contain `names` {name: number}."""
     condition, choice, rest = expression.partition(" ? ")
     if choice:
         yes, _, no = rest.partition(" : ")
@@ -76,15 +76,16 @@ Plan = namedtuple("Plan", "rank cluster clusters units filler first_token last_t
 
 
 class Share(namedtuple("Share", "count dealt first_dealt blocks first_rest")):
-    """Some rows that are one block's: whole tiles dealt out in turn to `blocks` blocks, then a run."""
+    """One block's share of some rows: `dealt` rows, in tiles dealt out in turn to `blocks` blocks, then a
+    run."""
 
     def at(self, i):
-        """The row that is the block's `i`-th."""
+        """The number of the block's `i`-th row."""
         return self.first_dealt + i * self.blocks if i < self.dealt else self.first_rest + i - self.dealt
 
 
 def deal(k, first, n, index, blocks):
-    """The share that block `index` of `blocks` has of rows first..first + n - 1."""
+    """The share of block `index` (of `blocks`) in rows first..first + n - 1."""
     begin, end = n * index // blocks, n * (index + 1) // blocks
     dealt = n // blocks // k.TILE_ROWS * k.TILE_ROWS
     first_rest = first + begin + dealt * (blocks - index)
@@ -157,8 +158,9 @@ def producer(k, block, blocks, position, first_layer, last_layer, lm_head):
 # ---- the workers -------------------------------------------------------------------------------------------
 
 class Worker:
-    """One thread block; in the kernel, a Worker is one thread. Registers of its threads lie side by side: x
-    [TEAM, COLS], the same in all teams; y [TEAMS, TEAM, COLS]. A push is an assignment to a peer's inbox."""
+    """One thread block. (In the kernel, a Worker is one thread.) Arrays hold the registers of all its
+    threads: x [TEAM, COLS], the same in all teams; y [TEAMS, TEAM, COLS]. A push is an assignment to a peer's
+    inbox."""
 
     def __init__(self, grid, block):
         k = self.k = grid.k
@@ -202,7 +204,7 @@ class Worker:
                 yield biases if half_tile == 0 else None, team, r, slot[place]
 
     def dot_tile(self, x, n, skip, has_bias):
-        """[n]: the next tile's rows . x, plus its biases, of which the first `skip` are not ours."""
+        """[n]: the next tile's rows . x, plus its biases, of which the first `skip` belong to other rows."""
         k, sums, bias = self.k, np.full(self.k.TILE_ROWS, np.nan), 0
         for biases, team, r, rows in self.tile(n):
             threads = (rows * x).sum(2)                                     # [.., TEAM]
@@ -355,8 +357,9 @@ class Emulator:
     in cache [L, 2, 1, NH, context, HS], touched {matrix: counts}: how often each weight and token served."""
 
     def __init__(self, model, clusters, cache=None, fixed_one=None, **tuning):
-        """`model`: a Pythia of any dtype; `cache`: from its new_cache, is copied; `fixed_one`: what stands
-        for 1 in fixed point (default: the kernel's); `tuning`: arguments of build.constants."""
+        """`model`: a Pythia of any dtype; `cache`: from its new_cache, is copied; `fixed_one`: the
+        integer that means 1 in fixed point (default: the kernel's); `tuning`: arguments of
+        build.constants."""
         self.model, self.k = model, kernel_constants(constants(model.config, **tuning))
         self.blocks, self.fixed_one = clusters * self.k.K, fixed_one or self.k.FIXED_ONE
         self.cache = model.new_cache() if cache is None else cache.clone()
@@ -381,14 +384,14 @@ class Emulator:
         return steps // 2 % 2 * self.k.LAP
 
     def lacking(self, x_now):
-        """0 for a word of x that is whole; else how many additions have not come yet."""
+        """0 for a word of x that is complete; else the number of additions that it lacks."""
         return (self.blocks // self.k.K + 1 + self.first_count(self.steps) - x_now) % (1 << self.k.COUNT_BITS)
 
     def carry(self, x, layer, x_next):
         """S9: what x_next needs beside the clusters' sums, for all C columns at once.
 
-        Here it comes first, and in place of the old word; in the kernel sums may come before, so that it
-        subtracts that word.
+        Here it comes first and replaces the old word. In the kernel sums may come earlier, so the carrier
+        subtracts the old word instead.
         """
         sums = x + self.weight(layer, "b_out") + self.weight(layer, "b_down")
         x_next[:] = self.to_word(sums) + self.first_count(self.steps + 1)
@@ -397,8 +400,8 @@ class Emulator:
         return self.from_word(self.residual[self.steps % 2])
 
     def launch(self, token, position, first_layer=0, last_layer=None, lm_head=True):
-        """Layers first_layer..last_layer - 1 for `token` at `position`; from a layer other than 0 on, for the
-        x that is there."""
+        """Layers first_layer..last_layer - 1 for `token` at `position`; if first_layer is not 0, with the x
+        of the last launch."""
         k, model, last_layer = self.k, self.model, self.k.L if last_layer is None else last_layer
         self.position, self.range = position, (first_layer, last_layer, lm_head)
         self.cos, self.sin = model.rope[:, position].double().numpy()

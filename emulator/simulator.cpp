@@ -1,14 +1,16 @@
-// fused_block.cu on a CPU, where there is no GPU: python test_block.py -k simulated. The kernel's own source
-// is compiled as C++, with a fiber, a thread that only this program switches, for each of its threads. KERNEL
-// is what source_for_cpu in tests/helpers.py leaves of it: not the host side, and not the functions of its
-// toolbox that are PTX; those are here, as what they do.
+// fused_block.cu on a CPU, without a GPU: python test_block.py -k simulated. The kernel's own source is
+// compiled as C++. Each thread of the kernel is a fiber here, a thread that only this program switches.
+// KERNEL is the part of the source that source_for_cpu in tests/helpers.py keeps. It drops the host side, and
+// the functions that consist of PTX. This file has C++ functions in their place.
 //
-// The kernel may depend on no order but that of its syncs, so all else comes in a random one: warps take
-// turns in any order, and some dawdle; in some launches a cluster begins late; copies, pushes and additions
-// to x arrive late, in any order, in some launches additions later than all else; where a copy will land, as
-// in all shared memory at first, there is NaN. A copy from beyond a tensor ends the launch. The same seed
-// gives the same order. What this does not show: time; what two threads do between two waits, which never
-// interleaves; and threads that see the same stores in different orders.
+// The results of the kernel must depend on no order except that of its syncs. So everything else happens in a
+// random order:
+//   - Warps take turns in any order, and some are slow. In some launches a cluster begins late.
+//   - Copies, pushes and additions to x arrive late, in any order. In some launches additions come last.
+//   - Shared memory is NaN at first, and so is the place of a copy until the copy arrives.
+// A copy from outside a tensor ends the launch. The same seed gives the same order. Three things are not
+// shown: time; two threads that interleave between two waits; and threads that see the same stores in
+// different orders.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -24,7 +26,7 @@
 #include <utility>
 #include <vector>
 
-// ---- What CUDA C++ has beside C++ -------------------------------------------------------------------------
+// ---- What CUDA C++ adds to C++ ----------------------------------------------------------------------------
 
 #define __device__
 #define __host__
@@ -94,8 +96,8 @@ std::mt19937 rng;
 Fiber* fiber;
 jmp_buf scheduler;
 bool trapped;
-bool lost;  // something was on its way to a block that is gone
-int idle;  // turns in which nothing has happened; clock64 runs by it, and simulate ends by it
+bool lost;  // something was on its way to a block that had ended
+int idle;  // turns in which nothing has happened: clock64 advances by it, and at 5000 simulate stops
 Index gridDim;
 const void* const* tensors;  // what the kernel's Model points to
 const long long* tensor_bytes;
@@ -116,7 +118,7 @@ bool chance(int of) { return rng() % of == 0; }
 Block& block() { return blocks[blockIdx.x]; }
 Warp& warp() { return block().warps[threadIdx.x / 32]; }
 void __syncwarp() { meet(warp().barrier, 32); }
-template <class T> T exchange(T v, int lane) {  // two arrays in turn: no lane is two barriers ahead
+template <class T> T exchange(T v, int lane) {  // two arrays alternate: no lane can be two barriers ahead
   uint64_t* const lanes = warp().lanes[warp().barrier.phase % 2];
   memcpy(&lanes[threadIdx.x % 32], &v, sizeof v);
   __syncwarp();
@@ -290,7 +292,7 @@ extern "C" __attribute__((visibility("default"))) int simulate(const void* const
   std::iota(order.begin(), order.end(), 0);
   size_t ended = 0;
   const int tardy = chance(8) ? rng() % n_clusters : n_clusters;  // a cluster that begins when others are far
-  // The longest launch of the tests takes 40,000 turns. A broken one may go on for ever, choosing a token.
+  // The longest launch of the tests takes 40,000 turns. A broken kernel may choose a token for ever.
   for (int turn = 0; ended < order.size() && !trapped && idle++ < 5000 && turn < 200'000; turn++) {
     if (tardy < n_clusters && turn < 3000) idle = 0;
     if (turn % 16 == 0) std::shuffle(order.begin(), order.end(), rng);
