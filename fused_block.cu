@@ -1437,13 +1437,13 @@ __device__ void Worker::lm_head(const Columns& in, int position) {
 // written, as a word of x does, so a counter of its own counts the blocks. Thread 0 adds 1 to the counter
 // with a release, after (f). A thread that sees this 1 by an acquire also sees everything that the block
 // wrote before (f): its logits, its k and v of the new token, and its maxima. The counter is never reset:
-// vote n is complete when the counter has reached n * blocks. The difference of the two stays right when the
-// counter overflows.
+// vote n is complete when the counter has reached n * blocks. The comparison stays right when the counter
+// overflows.
 //
 // The maxima have to be 0 before a vote. There are three pairs of them, which take turns. Follow one pair:
 //     vote n - 2    all blocks use the pair
-//     vote n - 1    each block arrives at (5) only after it has read the pair. So after (5), no block needs
-//     it vote n        thread 0 of block 0 clears the pair, and then arrives at (5)
+//     vote n - 1    each block arrives at (5) only after it has read the pair
+//     vote n        thread 0 of block 0 has passed (5) of vote n - 1. It clears the pair, then arrives at (5)
 //     vote n + 1    all blocks use the pair again. They have passed (5) of vote n, so it is clear
 __device__ void Worker::vote(unsigned long long candidate) {
   if (blockIdx.x == 0 && tid == 0) m.state->maxima[(s.votes + 1) % 3] = {0, 0};
@@ -1492,7 +1492,7 @@ __device__ void Worker::vote(unsigned long long candidate) {
 // A probability is an integer here, in units of 1 / 2^30 of the likeliest token's probability. So the sums do
 // not depend on the order of the blocks. A sum can count its additions, as a word of x does (chapter 8), so
 // no counter with a release is needed. Two such words hold the two results. They are never cleared. Instead,
-// thread 0 keeps in tally_before what they held after the tally before, and subtracts it. Two pairs of words
+// thread 0 keeps in tally_before what they held at their last use, and subtracts it. Two pairs of words
 // take turns, so that no block adds to a pair that another block still reads:
 //     tally n        all blocks use the first pair
 //     tally n + 1    each block adds to the second pair only after it has read the first
@@ -1872,8 +1872,8 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 // tallies, and the orders that a vote takes the maximum of.
 //
 // All syncs, and what happens without them. `python test_block.py -k simulated_sync` leaves out one sync at a
-// time. Then the result changes, or the launch does not end. Without (g)
-// after (4) the result is right, but the kernel is slower.
+// time. Then the result changes, or the launch does not end. Without (g) after (4) the result is right, but
+// the kernel is slower.
 //
 //     sync  who waits, and for what                                 without it
 //     (0)   a cluster's threads: all its blocks have set up         a push into a block that has not begun
