@@ -26,8 +26,8 @@ pytest_plugins = ["tests.fixtures"]
 
 
 @pytest.mark.parametrize("arch, names", [("sm_90a", ["tiny-pythia", *SIZES]),
-                                         ("sm_100a", ["pythia-14m", "pythia-2.8b", "pythia-12b"]),
-                                         ("sm_120a", ["pythia-14m", "pythia-2.8b", "pythia-12b"])])
+                                         ("sm_100a", ["pythia-14m", "pythia-12b"]),
+                                         ("sm_120a", ["pythia-14m", "pythia-12b"])])
 def test_compile(nvcc, arch, names):
     """What ptxas says of the kernel: everything that a thread holds is in registers."""
     def compiled(name):
@@ -125,6 +125,8 @@ def test_killed_build(tmp_path, monkeypatch, fake_nvcc):
     report("build.py", "half a library, of a killed build, loaded", Path(library).read_text() != "a library")
 
 
+QUICK = "-Xcicc=-O0", "-Xptxas=-O0"  # where the GPU's code is not what is looked at
+
 FULL_DISK = """
 mount -t tmpfs -o size=4k none "$TORCH_EXTENSIONS_DIR"
 head -c 4096 /dev/zero > "$TORCH_EXTENSIONS_DIR/full"
@@ -182,7 +184,7 @@ def test_full_disk(nvcc, tmp_path):
 def test_library_without_gpu(nvcc, tmp_path):
     """The library as users have it loads without a GPU, and refuses ranges of layers that are none."""
     defines = build.constants(Config.from_name("pythia-2.8b"))
-    subprocess.run([nvcc, *build.flags(defines, "sm_90a"), "-shared", "-Xcompiler", "-fPIC",
+    subprocess.run([nvcc, *build.flags(defines, "sm_90a"), *QUICK, "-shared", "-Xcompiler", "-fPIC",
                     "-o", tmp_path / "kernel.so", build.SOURCE], check=True, capture_output=True)
     launch = ctypes.CDLL(str(tmp_path / "kernel.so")).fused_launch
     launch.restype = ctypes.c_char_p
