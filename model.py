@@ -398,9 +398,12 @@ class Sampler:
     def kept(self, logits):
         """The ids [n] that top-k and top-p keep of logits [V]. The mass is in integers, as in the kernel."""
         ranked, order = logits.sort(descending=True, stable=True)                 # equal ones by id
-        mass = (((ranked - ranked[0]) / self.temperature).exp() * 2.0**30).long()[:self.top_k]
-        limit = math.ceil((self.top_p or 1.0) * float(mass.sum()))                # of what is likelier
-        return order[:self.top_k][mass.cumsum(0) - mass < limit].sort().values
+        ranked, order = ranked[:self.top_k], order[:self.top_k]
+        if self.top_p is not None and self.top_p < 1:
+            mass = (((ranked - ranked[0]) / self.temperature).exp() * 2.0**30).long()
+            limit = math.ceil(self.top_p * float(mass.sum()))                     # of the mass before a token
+            order = order[mass.cumsum(0) - mass < limit]
+        return order.sort().values
 
 
 def check_seed(seed):
