@@ -1342,8 +1342,8 @@ __device__ void Worker::read_embedding(int token, Columns& x) const {
 //          If top-k and top-p keep the candidate, it is the next token. Otherwise, the next round considers
 //          only the tokens that are likelier than the candidate
 // Every kept token is likelier than a refused candidate. So all kept tokens stay in the vote, with the same
-// noise, until one of them wins it. This winner has the largest key of all kept tokens, and that is the draw
-// that was asked for. Every refusal leaves fewer tokens, and the likeliest one is always kept, so the rounds
+// noise, until one of them wins it. This winner has the largest key of all kept tokens, so it is a draw from
+// the kept tokens. Every refusal leaves fewer tokens, and the likeliest one is always kept, so the rounds
 // end. With top_p = 0.95, the first candidate is kept with a probability of 0.95 or more.
 //
 // With top-k and top-p together, top_p is a share of the probability of the top_k likeliest tokens. For
@@ -1353,9 +1353,15 @@ __device__ void Worker::read_embedding(int token, Columns& x) const {
 //     how many tokens are likelier    0       1       2       3       4       top-k keeps A, B and C: 85 %
 //     probability of the likelier     0 %     40 %    65 %    85 %    95 %    top-p keeps those below 59.5 %
 // The limit of top-p is 0.7 * 85 % = 59.5 %, so A and B are kept. (top-p alone would have the limit 70 %, and
-// keep C.) The test therefore needs the 85 % first. A tally of the tokens that are likelier than D gives it,
-// but no block knows that D is the fourth. So the grid searches for a boundary between C and D by bisection.
-// Each step is a tally: does it count more than 3 likelier tokens, fewer, or 3?
+// keep C.) The test therefore needs the 85 % first. A tally of the tokens that are likelier than D would give
+// it, but no logits are sorted, so D is not known to be the fourth. The grid searches for a boundary between
+// C and D by bisection. Each step is a tally: does it count more than 3 tokens above the boundary, fewer, or
+// 3?
+//
+// Continue the example. Noise makes C the candidate of the first vote. The next tallies search the boundary,
+// and find 3 tokens with 85 % above it. Then a tally for C counts 2 likelier tokens with 65 %. 2 is less than
+// 3, but 65 % is not less than 59.5 %, so C is refused. The second vote is among A and B. Say that B wins. A
+// tally for B counts 1 likelier token with 40 %, so B is kept: it is the next token.
 
 __device__ void arrive_release(unsigned* counter);               // adds 1 to a counter in global memory
 __device__ unsigned load_acquire(const unsigned* counter);
@@ -1363,10 +1369,15 @@ __device__ float load_relaxed(const float* p);
 __device__ float log_exponential(unsigned long long seed, uint32_t position, uint32_t token);  // log(E)
 
 // The *order* of a token is a 64-bit number. A likelier token has a larger order, so a maximum of orders is
-// an argmax. The upper 32 bits are made of the logit. Its bits compare like those of an unsigned integer
-// after one change: flip all bits of a negative number, and set the sign bit of a positive one. NaN is above
-// all other logits, as in torch. The lower 32 bits are the token's id, flipped, so that the smaller id is
-// larger. token_of and logit_of take an order apart again. The order of a key is made in the same way.
+// an argmax. The upper 32 bits are made of the logit. The bits of a logit compare like those of an unsigned
+// integer after one change: flip all bits of a negative number, and set the sign bit of a positive one. NaN
+// is above all other logits, as in torch. The lower 32 bits are the token's id, flipped, so that the smaller
+// id is larger. token_of and logit_of take an order apart again. The order of a key is made in the same way.
+//
+// Three names of this chapter's code have other meanings elsewhere. Here a variable `rank` is the order of a
+// token, not a block of a cluster. `candidate` as an argument or in choose() is the order of the candidate's
+// logit, or 0 if there is no candidate yet, and s.candidate is that logit itself. s.agreed and s.warp_votes
+// hold maxima in a vote, and sums in a tally.
 __device__ unsigned long long order_of(float logit, int token) {
   const uint32_t bits = __float_as_uint(logit + 0.f);  // -0 becomes 0, its equal
   const uint32_t order = logit != logit ? ~0u : bits >> 31 ? ~bits : bits | 1u << 31;
@@ -1379,7 +1390,8 @@ __device__ float logit_of(unsigned long long rank) {
 }
 
 // The largest v of a warp's 32 lanes, and the sum of all of them. CUDA has one instruction for each, but only
-// for 32 bits, so two of them are combined here. For warp_sum, each v has to be below 2^44.
+// for 32 bits, so two of them are combined here. In warp_sum, the upper parts of 32 values have to add up to
+// less than 2^32, so each v has to be below 2^47.
 __device__ unsigned long long warp_max(unsigned long long v) {
   const uint32_t high = __reduce_max_sync(~0u, (uint32_t)(v >> 32));
   return (unsigned long long)high << 32 | __reduce_max_sync(~0u, v >> 32 == high ? (uint32_t)v : 0);
@@ -1389,10 +1401,11 @@ __device__ unsigned long long warp_sum(unsigned long long v) {
   return ((unsigned long long)__reduce_add_sync(~0u, (uint32_t)(v >> 20)) << 20) + low;
 }
 
-// The token whose logit this thread keeps in logits[k]; V if there is none. After a dot tile every warp has
-// the results of all 8 rows, but one thread is enough to keep a result. So the 320 threads form 40 GROUPS of
-// 8 lanes, and group g keeps the results of the block's tiles g and g + 40. There are KEPT = 3 places for
-// logits, so that a grid of half as many blocks (MIN_BLOCKS) can still keep all of them.
+// Returns the id of the token whose logit this thread keeps in logits[k], or V if it keeps none there. After
+// a dot tile every warp has the results of all 8 rows, but one thread is enough to keep a result. So the 320
+// threads form 40 GROUPS of 8 lanes, and group g keeps the results of the block's tiles g and g + 40. A
+// thread has KEPT = 3 places for logits, so that a grid of half as many blocks (MIN_BLOCKS) can still keep
+// all of them.
 constexpr int GROUPS = TEAM / ROWS;
 __device__ int Worker::kept_token(int k) const {
   const int i = (k * GROUPS + team_thread / ROWS) * TILE_ROWS;
@@ -1402,11 +1415,11 @@ __device__ int Worker::kept_token(int k) const {
 // S10 LM HEAD
 //   math    logits = rows . LNf(x); noise = -temperature * log(E)
 //   who     each block, for the rows in s.rows; one thread keeps the logit of a row
-//   bytes   2 * V * C / 132, 1.95 MB, 54 us
-//   syncs   after (4); (F) (E) for each half tile; (c) for each tile
+//   bytes   2 * V * C / 132, 1.95 MB, 55 us
+//   syncs   (F) (E) for each half tile; (c) for each tile. read_x has passed (4)
 // The noise does not depend on the logits, so it can be made at any time. Half way through the loop is a good
-// time. There the ring is nearly empty, because workers are faster than memory, so the copies continue while
-// the workers make noise.
+// time. In this loop workers are faster than memory, so the ring is nearly empty. While the workers make
+// noise, the ring fills, and no copy has to stop.
 __device__ void Worker::lm_head(const Columns& in, int position) {
   const int count = s.rows.count;
   for (int k = 0; k < KEPT; k++) noise[k] = 0;
@@ -1427,18 +1440,18 @@ __device__ void Worker::lm_head(const Columns& in, int position) {
 }
 
 // (5) VOTE
-//   math    s.agreed = the largest order of a logit, and the largest order of a key, of all tokens that are
-//           likelier than `candidate`; of all tokens if `candidate` is 0. s.candidate = the logit of the
-//           token with the largest key
+//   math    s.agreed = {largest order of a logit, largest order of a key}, over the tokens that are likelier
+//           than `candidate` (over all tokens, if `candidate` is 0). With top-k or top-p, s.candidate = the
+//           logit of the token with the largest key
 //   who     each thread for the logits that it keeps; then warps; then thread 0 for the block; then L2 for
 //           the grid
 //   syncs   (f) thread 0 waits for all warps; (5); (g) all threads wait for thread 0
-// All blocks write to the same two maxima, in any order. A maximum does not show how many blocks have
-// written, as a word of x does, so a counter of its own counts the blocks. Thread 0 adds 1 to the counter
-// with a release, after (f). A thread that sees this 1 by an acquire also sees everything that the block
-// wrote before (f): its logits, its k and v of the new token, and its maxima. The counter is never reset:
-// vote n is complete when the counter has reached n * blocks. The comparison stays right when the counter
-// overflows.
+// All blocks write to the same two maxima, in any order. A word of x counts its additions, but a maximum does
+// not. So a separate counter counts the blocks. After (f), thread 0 first gives the block's maxima to the
+// grid, and then adds 1 to the counter with a release. A thread that sees this 1 by an acquire also sees the
+// maxima, and everything that the block wrote before (f): its logits, and its k and v of the new token. The
+// counter is never reset. Vote n is complete when the counter has reached n * blocks. The sign of the
+// difference tells this, and it stays right when the counter overflows.
 //
 // The maxima have to be 0 before a vote. There are three pairs of them, which take turns. Follow one pair:
 //     vote n - 2    all blocks use the pair
@@ -1485,15 +1498,15 @@ __device__ void Worker::vote(unsigned long long candidate) {
 }
 
 // (6) TALLY
-//   math    of all tokens that are likelier than `candidate`: their probability, and their number. Without
+//   math    s.agreed = {probability, number} of the tokens that are likelier than `candidate`. Without
 //           `with_count`, the second result is the probability of all tokens instead
 //   who     as for (5)
 //   syncs   (f), (6), (g)
 // A probability is an integer here, in units of 1 / 2^30 of the likeliest token's probability. So the sums do
 // not depend on the order of the blocks. A sum can count its additions, as a word of x does (chapter 8), so
-// no counter with a release is needed. Two such words hold the two results. They are never cleared. Instead,
-// thread 0 keeps in tally_before what they held at their last use, and subtracts it. Two pairs of words
-// take turns, so that no block adds to a pair that another block still reads:
+// no counter with a release is needed. A pair of such words holds the two results. The pair is never cleared.
+// Instead, thread 0 keeps in tally_before what the pair held when it was last used, and subtracts that. Two
+// pairs take turns, so that no block adds to a pair that another block still reads:
 //     tally n        all blocks use the first pair
 //     tally n + 1    each block adds to the second pair only after it has read the first
 //     tally n + 2    each block adds to the first pair again. It has passed (6) of tally n + 1, for which all
@@ -1554,9 +1567,10 @@ __device__ int Worker::choose() {
     }
     candidate = order_of(s.candidate, token);
 
-    // With top-k and top-p, search once for a boundary below the top_k likeliest tokens. More than top_k
-    // tokens are above low, and fewer are above high. At the boundary, the tally gives `mass`, of which top_p
-    // is a share. Then, or at once without the search, tally the tokens that are likelier than the candidate.
+    // If top-k and top-p are both set, the first round searches between the orders low and high, until
+    // exactly top_k tokens are above `middle`. Their probability is `mass`. After that, and in all other
+    // cases, tally the tokens that are likelier than the candidate. found.x is their probability. found.y is
+    // their number with top-k, and the probability of all tokens without it.
     ulonglong2 found;
     while (true) {
       const unsigned long long middle = low + (high - low) / 2;
@@ -1566,15 +1580,18 @@ __device__ int Worker::choose() {
       else (found.y > top_k ? low : high) = middle;
     }
 
-    // Test the candidate. If it is refused, the next vote is among the tokens that are likelier.
+    // Test the candidate. If it is refused, the next vote is among the tokens that are likelier than it.
     if ((!cut_k || found.y < top_k) && (!cut_p || found.x < top_p * (cut_k ? mass : found.y))) return token;
   }
 }
 
-// Computes the logits, chooses the token, and prepares what the next token needs.
+// Computes the logits, chooses the token, and prepares what the next token needs. The choice adds nothing to
+// x, so run() does not swap the buffers here. Layer 0 of the next token takes the embedding instead of x_now,
+// and adds to x_next. The carrier's words stay right: own_now is what x_now holds, as read in this pass.
 __device__ int Worker::next_token(const Columns& xn, int position, int end) {
-  // Prepare plan and angles of the next token. Those of this token have been used: the threads use them only
-  // before the (a) that all of them have just passed in read_x.
+  // Prepare plan and angles of the next token. Thread 0 may overwrite s.plan now, because no thread uses this
+  // token's plan and angles after (a) in read_x, and all threads have passed this (a). `plan` in run() refers
+  // to s.plan, so the next token's layers find the new plan there.
   if (position + 1 < end) prepare(position + 1);
 
   // Compute the logits. Start to load the next LayerNorms. Choose the token.
@@ -1582,7 +1599,7 @@ __device__ int Worker::next_token(const Columns& xn, int position, int end) {
   norms = load_norms(0);
   const int token = choose();                                             // (5), (6)
 
-  // Now the cache holds k and v of this token. Let the producer copy cached tokens again.
+  // After (5), the cache holds k and v of this position. Let the producer copy cached tokens again.
   if (tid == 0) barrier_arrive(&s.token_ready);                           // (h)
   if (blockIdx.x == 0 && tid == 0) m.history[position] = token;
   return token;
@@ -1595,21 +1612,22 @@ __device__ int Worker::next_token(const Columns& xn, int position, int end) {
 // takes u units, and each of the others takes r units:
 //     H + 4*C * u = 4*C * r                       all blocks read the same number of bytes
 //     n * u + (blocks - n) * r = MLP              all units are dealt out
-// For 2.8b, H is as many bytes as 83 units have, and n is 64. The solution is u = 34.8 and r = 117.8. The 34
+// For 2.8b, H is the bytes of 83 units, and n is 64. The solution is u = 34.8 and r = 117.8. The 34
 // clusters without a head do nothing but hidden units.
 //
 // Which units does a block get? Memory is faster when all blocks read near one another. So a block does not
 // get one long run of units. Tiles of units are dealt out like cards: the first tile to the first block, the
 // next tile to the next block, and so on, for as many rounds as are complete. The units that remain are split
 // into one short run for each block. For example, each of the 68 blocks without a head gets 14 tiles of 8
-// units, and a run of 5 or 6 units. Dealt out like this, a token takes 1237 us instead of 1244, and one of
-// pythia-1.4b 607 instead of 620. Rows of the LM head are dealt out in the same way.
+// units, and a run of 5 or 6 units. Dealt out like this, a token takes 0.6 % less time, and one of
+// pythia-1.4b 2 % less. Rows of the LM head are dealt out in the same way.
 //
 // Two costs are not bytes, but make_plan counts them as bytes:
 //   - Softmax makes a cached token slower to use than to read, so its bytes count 1.5 times (KV_WEIGHT / 2).
-//     With T = 2000, a token then takes 1392 us instead of 1441.
-//   - In small models, a block reads little during the short steps of a head. ATTENTION_BYTES stands for this
-//     time, 24 KiB in pythia-160m. It is 0 in 2.8b, where the producer fills the ring during these steps.
+//     With T = 2000, this makes a token take 3 % less time.
+//   - In small models, the short steps of a head take time in which a block reads little. make_plan counts
+//     this time as if the block had read ATTENTION_BYTES more: 24 KiB in pythia-160m. In 2.8b these are 0,
+//     because there the producer fills the ring during these steps.
 constexpr int KV_WEIGHT = 3;
 static_assert(64ll * (8ll * HS * C + 2ll * KV_WEIGHT * HS * CTX + ATTENTION_BYTES) < 1ll << 31,
               "make_plan counts in 32 bits");
@@ -1618,10 +1636,11 @@ __device__ int Share::at(int i) const {
   return i < dealt ? first_dealt + i * blocks : first_rest + i - dealt;
 }
 
-// The share of block `index` of `blocks` in n rows from `first` on: end - begin rows. The first `dealt` of
-// them come in whole tiles, and the others are one run, from first_rest on. Two things lie before this run:
-// the dealt tiles of all blocks, dealt * blocks rows, and the runs of the blocks before, begin - dealt *
-// index rows.
+// Returns the share of block `index` of `blocks` in n rows from `first` on. The share has end - begin rows.
+// The first `dealt` of them come in whole tiles, and the others are one run, from first_rest on:
+//     first_rest = first
+//                  + dealt * blocks             the dealt tiles of all blocks
+//                  + begin - dealt * index      the runs of the blocks with a smaller index
 __device__ Share deal(int first, int n, int index, int blocks) {
   const int begin = n * index / blocks, end = n * (index + 1) / blocks;  // a run, if no tiles were dealt out
   const int dealt = n / blocks / TILE_ROWS * TILE_ROWS;
@@ -1634,7 +1653,7 @@ __device__ __noinline__ Plan make_plan(int block, int blocks, int position) {
   const int heads = NH / p.clusters, busy = NH % p.clusters * K;  // the first `busy` blocks have one more
 
   // Solve the equation in *grains*: 1 / 256 of a hidden unit, or C / 64 bytes. So 32 bits are enough for all
-  // numbers. A GPU takes long for divisions of 64 bits.
+  // numbers. Division of 64 bits is slow on a GPU.
   const int head_bytes = (8 * HS * C + 2 * KV_WEIGHT * HS * position) / K + ATTENTION_BYTES;
   const int head_grains = 64 * head_bytes / C, fair_grains = (256 * MLP + head_grains * NH * K) / blocks;
   const int busy_grains = max(fair_grains - (heads + 1) * head_grains, 0);  // u, in grains
@@ -1643,7 +1662,8 @@ __device__ __noinline__ Plan make_plan(int block, int blocks, int position) {
   p.units = is_busy ? deal(0, busy_units, block, busy)
                     : deal(busy_units, MLP - busy_units, block - busy, blocks - busy);
 
-  // When to do the units: some whole tiles during (1) and during (2) of every head, and the rest at the end.
+  // When to do the units: `filler` units during (1) and during (2) of every head, and the rest at the end.
+  // filler is a number of whole tiles, because units() goes on in whole tiles and would step past its end.
   const int shares = 2 * (heads + is_busy) + 1;
   p.filler = ceil_div(ceil_div(p.units.count, shares), TILE_ROWS) * TILE_ROWS;
 
@@ -1680,25 +1700,21 @@ __device__ void Producer::run(int first_layer, int last_layer, int first, int en
   wait(m, s, &s.workers_done, 0, SYNC_FULL);  // stays until all workers are done: chapter 16
 }
 
-// Before its first layer, a carrier needs the old words of both buffers (chapter 8).
-//   x_next    The last launch has cleared its words, so they were 0. They must not be loaded, because a
-//             faster block may already have added to them.
-//   x_now     Its words are loaded at the right time:
-//             1. Each thread loads its words, and then passes (0).
-//             2. Each block adds to x_next in its first layer, which begins after its own (0).
-//             3. A block passes the next (4) only when every block has added to x_next.
-//             4. After this (4), the block adds to x_now. By then, all loads of step 1 are done.
+// The number of the pair of words that this thread carries, the same as Worker::carried.
 __device__ int carried_pair() { return (gridDim.x - 1 - blockIdx.x) * WORKERS + threadIdx.x; }
 
+// Before its first layer, a carrier needs the old words of both buffers (chapter 8). The words of x_now come
+// from the kernel below, which has loaded them. The last launch has cleared x_next, so its old words are 0.
+// They must not be loaded, because a faster block may already have added to them.
 __device__ void Worker::begin(int first_layer, const longlong2& carried_words) {
   own_now = carried_words;
   own_next = {0, 0};  // cleared by the last launch
   norms = load_norms(first_layer);
 }
 
-// Clears x_next for the next launch, and writes State. No block reads x_next any more: this block has seen
-// x_now complete, so every block has added to x_now, and each did so after it had read x_next. All blocks
-// have read State by then, too.
+// Clears x_next for the next launch, and writes State. This is safe. This block has seen that x_now is
+// complete, so every block has added to x_now. A block adds to x_now only after it has read x_next for the
+// last time. Each block reads State even earlier, at its start.
 __device__ void Worker::finish(long long* x_next, int token, int position, unsigned steps) const {
   if (lane == 0) barrier_arrive(&s.workers_done);
   if (2 * carried < C) x_next[2 * carried] = x_next[2 * carried + 1] = 0;
@@ -1716,7 +1732,7 @@ __device__ void cluster_sync();    // waits until all threads of all blocks of t
 // processor runs one block of 352 threads, so that the compiler can use all registers for them.
 // __grid_constant__ says that the threads share one copy of the parameter. `raw` is the block's shared
 // memory, whose size the launch sets.
-//   new_tokens    how many tokens to make at most; the cache may be full before. If it is 0, only layers
+//   new_tokens    make up to this many tokens, fewer if the cache becomes full. If it is 0, only layers
 //                 first_layer to last_layer - 1 run, without the LM head
 __global__ void __launch_bounds__(WORKERS + 32, 1)
 fused_block(const __grid_constant__ Model m, const int first_layer, const int last_layer,
@@ -1744,6 +1760,12 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
     barriers_exist();
   }
   load_rope(m, s, position, WORKERS + 32);
+
+  // Load the old words of x_now that this thread carries. This has to happen before any block adds to x_now:
+  //   1. Each thread loads its words here, and then passes (0).
+  //   2. Each block adds to x_next in its first layer, which begins after its own (0).
+  //   3. A block passes the next (4) only when every block has added to x_next.
+  //   4. After this (4), the block adds to x_now. By then, all loads of step 1 are done.
   longlong2 carried_words = {0, 0};
   if (threadIdx.x < WORKERS && 2 * carried_pair() < C)
     carried_words = load_relaxed(m.residual + steps % 2 * C + 2 * carried_pair());
@@ -1766,8 +1788,10 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 // This table follows thread 0 of block 11 through one layer. Block 11 is rank 1 of cluster 5. A line ends at
 // the mark in its first column (chapter 18). The columns of numbers, all rounded, are:
 //     KB       what the block reads
-//     share    the us in which the block's fair share of the memory, 35.8 KB a us, delivers these bytes
-//     took     the us that the line took, as a mean over the layers of the record in results/
+//     share    how many us these bytes take at 35.8 KB a us, a block's share of the memory's rate
+//     took     how many us the line took, as a mean over the layers of the record in results/
+// S2 takes less than its share, because the ring is already full when S2 begins. Block 11 reads a little less
+// than the mean block, whose bytes take 33.6 us.
 //
 //  mark        thread 0 of block 11                                          KB  share  took  waits for
 //  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                 2.3  L2, (a)
@@ -1784,12 +1808,12 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 //  START       (4): polls columns 2558 and 2559 of x                                      2.9  other blocks
 //  a layer                                                                  1198   33.5  36.0
 //
-// A layer takes 2.5 us longer than its bytes need. This time is lost between two layers: from the last unit
-// of a layer to the end of the next S2 it is 19.6 us, and the bytes of S2 need 17.2. The first 6.3 us of
-// these are S9, (4), S0 and S1, in which the workers free no slot. The ring is full after 5.7 us of copies,
-// and then memory pauses. This explains 0.6 us of the loss. The rest is not explained. The 2.9 us at (4)
-// have three parts: 1.0 until the last block of the grid has added, 1.6 until the first block sees a complete
-// x, and 0.3 until block 11 sees it.
+// A layer takes 2.5 us longer than its bytes need. Nearly all of this time is lost between two layers. From
+// the last unit of a layer to the end of the next S2 pass 19.5 us, 2.3 us more than the bytes of S2 need. In
+// the first 6.3 of these us, which are S9, (4), S0 and S1, the workers free no slot. The ring fills in 5.7
+// us, so memory pauses for 0.6 us. The other 1.7 us are not explained. The 2.9 us at (4) have three parts:
+// 1.0 us until the last block of the grid has added, 1.6 us until the first block sees a complete x, and 0.3
+// us until block 11 sees it.
 //
 // Follow one number: hidden unit 602 of block 11, in layer 0 of a launch's first token.
 //  1. Its up row lies in global memory: w_up + 602 * C, 5120 bytes.
@@ -1809,7 +1833,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 //  6. y stays in registers until the block has done its other 34 units and its 40 output rows. Then thread 0
 //     pushes y[0..7] into an inbox of rank 0, which is block 10: sums[1][0..7].
 //  7. Block 10 waits until all pushes have landed, (3). Its thread 0 adds sums[0][0] and sums[1][0], turns
-//     the sum into an integer, and adds it to word 0 of x_next, in L2, together with a count of 1.
+//     the sum into an integer, and adds it to word 0 of x_next, in L2, together with 1 in the count.
 //  8. Thread 0 of block 131 is the carrier of column 0. Earlier or later than step 7, it adds x[0] + biases -
 //     old to the same word.
 //  9. After 66 clusters and the carrier have added, word 0 is complete. In every block, thread 0 polls
@@ -1836,7 +1860,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 //     19.8          Rank 1 passes (1) with parity 0: all 960 bytes have landed.
 //     < 21.5        Rank 1 reads the inbox in S3. After (d), all its threads have read it.
 //     21.5          Rank 1 pushes its top, l and o to rank 0.
-//     25.0          Rank 0 passes (2), which needs this push.
+//     25.1          Rank 0 passes (2), which needs this push.
 //     38.3          Rank 0 begins S2 of layer 1, and pushes into the inbox again. This is safe.
 //     55.8          Rank 1 passes (1) with parity 1.
 //
@@ -1848,15 +1872,17 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 // In the first layer of a launch there is no step 3. There, blocks add to the buffer that the last launch has
 // cleared, and no block reads it before the next (4).
 //
-// Parity. One bit is enough if the next phase of an mbarrier cannot complete before every waiting thread has
-// seen the end of this phase. What does the next phase need?
+// Parity. One bit is enough if phase n + 1 of an mbarrier cannot complete until every waiting thread has seen
+// the end of phase n. What does phase n + 1 need?
 //     full, empty   See chapter 5.
-//     (1), (3)      A push from a peer. Before this push, the peer waits for a message that this block sends
-//                   after its own wait.
-//     (2)           This block's own push of top, l and o. The push comes after (d), and every warp arrives
-//                   at (d) after its wait.
-//     (h)           The end of the next token. Before it, the workers need rows that the producer, which is
-//                   the only thread that waits at (h), copies after its wait.
+//     (1)           This block's own push of q, k and v of the next head. The push comes after (d) of this
+//                   head, and every warp arrives at (d) only after it has passed (1).
+//     (2)           This block's own push of top, l and o of the next head. The push comes after (d) of that
+//                   head, and every warp arrives at that (d) only after it has passed (2) of this head.
+//     (3)           This block's own push of y of the next layer. The push comes after (a) of that layer or
+//                   of the choice, and every warp arrives at that (a) only after it has passed (3).
+//     (h)           The end of the next token. The workers cannot finish that token without rows that the
+//                   producer copies after it has passed (h). No other thread waits at (h).
 //
 // Exit. A block must not end while a push to it or from it is on its way.
 //     1. The last pushes of a token are those of y in its last layer.
@@ -1872,8 +1898,8 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 // tallies, and the orders that a vote takes the maximum of.
 //
 // All syncs, and what happens without them. `python test_block.py -k simulated_sync` leaves out one sync at a
-// time. Then the result changes, or the launch does not end. Without (g) after (4) the result is right, but
-// the kernel is slower.
+// time. Then the result changes, or the launch does not end. One call is an exception: without the (g) that
+// follows (4), the result is right, but the kernel is slower.
 //
 //     sync  who waits, and for what                                 without it
 //     (0)   a cluster's threads: all its blocks have set up         a push into a block that has not begun
@@ -1901,15 +1927,19 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 // has all of x, a y of its own, and a (b) and (c) of its own, by a named barrier with the team's number. At
 // (3), all teams push their y to the owner of the columns. The owner adds up K * TEAMS parts, in the order of
 // ranks and teams.
-// Are the inboxes peer_o and peer_top_l still safe? A team without output rows reads them, but uses none of
-// the elements. A team with output rows also has rows of q, k, v, so it sends a message after it has read.
+// Are the inboxes peer_o and peer_top_l still safe? In pythia-14m with clusters of 4, a rank has 8 output
+// rows but 16 teams, so 8 teams have no output row. Such a team may still read peer_top_l while a peer
+// overwrites it. This does no harm, because the team uses nothing that it reads. A team with output rows also
+// has rows of q, k, v. It reads the inboxes before it sends its next row of q, k, v, and the peer waits for
+// that row before it pushes again.
 //
 // Smallest: half warps. A row of pythia-14m has 128 columns, so a team is 16 threads (LANES), and a warp is
 // two teams. Then (b) and (c) are not needed, because a team is within one warp: TEAM_WARPS == 1.
 //
 // Largest: two pieces. From C = 4096 on, a team with 8 columns for each thread would have 512 threads or
-// more. There a thread owns PIECES = 2 pieces of 8 columns. They lie 8 * TEAM columns apart, so that
-// neighbouring threads still read neighbouring pieces. ROWS is 4, so that a slot does not grow.
+// more. In these models a thread owns PIECES = 2 pieces of 8 columns instead, so the team has half as many
+// threads, and each thread can have twice as many registers. The two pieces lie 8 * TEAM columns apart, so
+// that neighbouring threads still read neighbouring pieces. ROWS is 4, so that a slot does not grow.
 //
 // Clusters of 1, 4 and 8. Only the shares change: QKV_ROWS, OUT_ROWS, OWN and the number of tokens. In
 // clusters of 1, a block pushes to itself.
@@ -1917,7 +1947,8 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 // More heads than clusters. The loop over h runs several times, and make_plan gives the first blocks one head
 // more than the others.
 //
-// The compiler checks what the code takes for granted:
+// The compiler checks what the code takes for granted. (Its fourth check says: TEAM must be a multiple of 32,
+// or 32 a multiple of TEAM.)
 static_assert(C % 128 == 0, "a row is dealt out to half-warps, 16 bytes a lane: C must be a multiple of 128");
 static_assert(NH * HS == C, "the heads together are as wide as the residual stream");
 static_assert(WORKERS % 32 == 0 && WORKERS + 32 <= 1024, "whole warps, and at most 1024 threads in a block");
@@ -1945,15 +1976,17 @@ static_assert(SLOTS >= 2 * HALF_TILES, "two tiles: one being read, one on its wa
 //     as one number, 65536 or more, so x becomes NaN in the next layer.
 //
 // Old counts. Before its carrier has added, a word has its old count plus the additions of at most 254
-// clusters. It would look complete if its count were 256 above the old one, which is out of reach. This is
-// the second reason for 254. After the carrier's addition, the count is the true one.
+// clusters. The word would look complete if its count were 256 above the old one, and 254 additions cannot
+// reach that. After the carrier's addition, the count is the true one. It is at most 256 + 254 + 1 = 511, the
+// largest number of 9 bits. This is the second reason for 254.
 
 // Noise. Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) takes a counter of 128 bits and a key of 64 bits,
-// and returns four words of 32 bits. It has ten rounds. Each round multiplies two of the four words by
-// constants, and combines the halves of the products with the other words and the key. Here the seed is the
-// key, and (token / 4, position) is the counter, so the four words serve four tokens. A word makes u = (word
-// + 0.5) / 2^32, above 0 and up to 1 after rounding, and E = -log1p(-u). If this were written as -log(1 - u),
-// a small u would lose its digits. Just these matter, because tokens with a small E have the largest keys.
+// and returns four numbers of 32 bits, which are called words, too. It has ten rounds. Each round multiplies
+// two of the four words by constants, and combines the halves of the products with the other words and the
+// key. Here the seed is Philox's key, and (token / 4, position) is the counter, so the four words serve four
+// tokens. A word of Philox makes u = (word + 0.5) / 2^32, above 0 and up to 1 after rounding, and E =
+// -log1p(-u). A small u gives a small E and so a large sum of logit and noise, and the token with the largest
+// sum wins. So a small u has to keep its digits. If E were written as -log(1 - u), a small u would lose them.
 __device__ __noinline__ float log_exponential(unsigned long long seed, uint32_t position, uint32_t token) {
   uint32_t count[4] = {token / 4, position, 0, 0}, key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
 #pragma unroll 1
@@ -1971,15 +2004,16 @@ __device__ __noinline__ float log_exponential(unsigned long long seed, uint32_t 
 // Memory does not serve all processors alike. Some blocks get their rows early, and then wait at (4) for
 // blocks that get theirs late. So each producer limits itself to an equal share of PACE, the bytes that all
 // blocks together may ask for in a ns. After a copy of b bytes, a producer waits b * blocks / PACE ns before
-// the next one. In 2.8b, PACE is what the memory delivers by its clock and the width of its bus, 4814 on an
-// H200. With this pace, a token takes 1202 us instead of 1218, and one of pythia-1b 409 instead of 444.
+// the next one. In 2.8b, PACE is what the memory delivers by its clock and the width of its bus, on an H200
+// 4814 bytes a ns. Without a pace, a token takes 1223 us instead of 1202, and one of pythia-1b 9 % longer.
 //
-// A producer that falls behind does not catch up, because memory would not serve that equally, either. When
-// it may catch up by 0.3 us, a token takes 1267 us instead of 1264. But the clock advances only every 32 ns,
-// so a producer may notice up to 32 ns late that its wait is over. That is not falling behind, so claim()
-// subtracts CLOCK_NS. A wait of more than 1 ms can only mean that the clock was set back, so claim() does not
-// wait then. The GPU has another clock, which counts cycles. They get longer when the GPU is short of power,
-// and with this clock a token takes 1306 us instead of 1273.
+// A producer that falls behind does not catch up, because memory would not serve the blocks that catch up
+// equally, either. When a producer may catch up by 0.3 us, a token takes 0.2 % longer. But the clock advances
+// only every 32 ns, so a producer may notice up to 32 ns late that its wait is over. This delay is the
+// clock's and not the memory's, so claim() makes up for it: it subtracts CLOCK_NS. A wait of more than 1 ms
+// can only mean that the clock was set back, so claim() does not wait then. The GPU has another clock, which
+// counts cycles. Cycles get longer when the power limit slows the GPU down, and a pace that is counted in
+// cycles makes a token take 2.6 % longer.
 
 // 16. Patience ============================================================================================
 // The problem. If a wait never ends, because of a mistake in this file or a fault of the machine, all blocks
@@ -1992,8 +2026,8 @@ __device__ __noinline__ float log_exponential(unsigned long long seed, uint32_t 
 // turns the report into an error.
 //
 // The producer's limit is longer so that a worker, which is closer to the cause, reports first. At (F)
-// workers have no limit. If they hang there, the producer reports (F), because it waits at its end for all
-// workers.
+// workers have no limit. If they hang there, the producer, which waits for all workers before it exits,
+// reaches its limit and reports (F).
 
 // __noinline__ keeps this rare code out of the loops.
 __device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int seen) {
@@ -2052,9 +2086,10 @@ __device__ void barrier_expect(uint64_t* b, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                :: "r"(smem(b)), "r"(bytes) : "memory");
 }
-// Sleeps for a while if the phase is open. The acquire holds only for the thread that asks, so every thread
-// that reads the data has to ask. Data from a peer needs an acquire for the cluster, which empties the
-// processor's L1 cache. All other waits are for data of the own block, and leave L1 as it is.
+// Sleeps for a while if the phase is open. The acquire holds only for the thread that calls this function, so
+// every thread that reads the data has to call it. Data from a peer needs an acquire for the cluster, which
+// empties the processor's own cache (L1, in front of L2). All other waits are for data of the same block, and
+// leave L1 as it is.
 #define TRY_WAIT(scope) "{\n.reg .pred p;\n" \
     "mbarrier.try_wait.parity.acquire." scope ".shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 0, 1, p;\n}"
 __device__ bool barrier_open(uint64_t* b, uint32_t parity, bool by_peers) {
@@ -2073,7 +2108,7 @@ __device__ void named_barrier(int id, int threads) {
 }
 
 // Weights are read once in a token, but x is read by all blocks. So copies mark their bytes as the first ones
-// that L2 may replace. With this mark, a token takes 1202 us instead of 1212.
+// that L2 may replace. Without this mark, a token takes 1212 us instead of 1202.
 __device__ uint64_t read_once_policy() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -2206,14 +2241,15 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
 // 1. Clusters of 1 and of 4 (python bench.py --ablate). Expect clusters of 1 to take 28 % longer, because one
 //    block has all rows of a head. Expect clusters of 4 to take as long as clusters of 2, although fewer
 //    blocks fit on the GPU. Which of (1), (2), (3) takes longer?
-// 2. build.py: 4 and 16 ROWS instead of 8. With 4, the sums of tiles are taken twice as often: expect 3 %
-//    more. With 16, the ring has 4 slots of 40 KB, two tiles, and the producer is at most one tile ahead:
-//    expect two thirds more.
+// 2. build.py: 4 and 16 ROWS instead of 8. With 4, the block adds up sums of tiles twice as often. Expect a
+//    token to take 1.3 % longer. With 16, the ring has 4 slots of 40 KB, which are two tiles, so the producer
+//    is at most one tile ahead. Expect a token to take two thirds longer.
 // 3. make_plan: filler = 0. The bits of y change, because every thread adds in another order. A block with a
 //    head takes longer by the time in which the pushes for (1) and (2) travel. How much is that for a token?
-// 4. build.py: attention_kib = 96. Judging by bytes alone, blocks with a head add to x 1.4 us earlier, the
-//    others 1.4 us later, and a token takes as long as before. At T = 2000, expect 2 % more. Then pace =
-//    2**20, which means no pace: expect 1 % more in 2.8b, and 9 % in pythia-1b.
+// 4. build.py: attention_kib = 96. By their bytes, blocks with a head add to x 1.4 us earlier, and the others
+//    1.3 us later. A token still takes as long as before. Why does it not lose 32 * 1.3 us? (What do blocks
+//    wait for at (4), by chapter 11?) At T = 2000, expect 2 % more. Then pace = 2**20, which means no pace:
+//    expect 2 % more in 2.8b, and 9 % in pythia-1b.
 // 5. Leave out the call of wait_for_x. The bits stay the same, because every thread checks what it reads.
 //    Expect a token to take 5 % longer, because all threads poll. Now leave out the check in read_residual
 //    instead. How often do the bits change, and why do some launches not end? (See carry.)
