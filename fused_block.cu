@@ -132,7 +132,7 @@
 //
 // Eight columns of fp16 are 16 bytes, the widest load from shared memory. For the whole layer, each thread
 // keeps in registers its 8 columns of the two normalized x, xn1 and xn2, and of y. More workers do not help:
-// with 640 of them, so that two share each 8 columns, a token takes 1383 us instead of 1202.
+// with 640 of them, two for the same 8 columns, a token takes 1383 us instead of 1202.
 //
 // Why does a head need two blocks? A layer has 4*C + 2*MLP = 30720 rows, so a fair share is 233 rows for each
 // of the 132 blocks. A head alone has 4*HS = 320 rows: q, k, v and output. If one block did a whole head, it
@@ -217,7 +217,7 @@ struct Worker {
       read_x(layer, token, x_now, steps, x);
       if (layer == last_layer && new_tokens == 0) break;  // a launch that makes no token ends here
 
-      // S1. Normalize x, once for both LayerNorms. Apply the first one's gain and bias, for the heads.
+      // S1. Normalize x, once for both LayerNorms. Apply the gain and bias of LayerNorm 1, for the heads.
       normalize(x);
       affine(x, norms.w1, norms.b1, xn1);
 
@@ -366,7 +366,7 @@ struct Worker {
 //   - New weights go into Layer below and into Block in model.py, in the same order.
 
 // ---- Memory layout: sizes --------------------------------------------------------------------------------
-// The rest of this chapter is for reference, so chapter 4 can follow at once. A *tile* is 8 rows that are
+// The rest of this chapter is for reference. Chapter 4 continues the explanation. A *tile* is 8 rows that are
 // multiplied together (chapter 4). It fills two *slots* of the ring (chapter 5).
 
 constexpr int WARPS = WORKERS / 32;             // warps of workers [10]
@@ -622,8 +622,8 @@ __device__ void Worker::axpy_tile(float a, int n) {
 
 // 5. The ring =============================================================================================
 // The problem. Memory answers a request only after some time, so many requests have to be on their way at any
-// moment. An answer takes about 1 us. In 1 us, a processor's share of 4.72 TB/s is 35.8 KB, so at least 35.8
-// KB have to be requested and not yet here. If workers loaded weights themselves, 35.8 KB would need 28
+// moment. If an answer takes 1 us, these are at least the bytes that memory delivers in 1 us. A processor's
+// share of 4.72 TB/s is 35.8 KB in 1 us. If workers loaded weights themselves, 35.8 KB would need 28
 // registers of each worker. And no loads would start while workers wait at (4).
 //
 // The answer. One thread, the producer, starts *bulk copies* from global into shared memory. One instruction
@@ -648,8 +648,7 @@ __device__ void Worker::axpy_tile(float a, int n) {
 //      counts the bytes of a bulk copy when they land.
 //   3. A phase is named by its *parity*, its number modulo 2. barrier_open(b, parity) says whether the phase
 //      with this parity is still open. After each wait, a thread flips the parity that it waits for.
-//   4. One bit is enough if phase n + 1 cannot complete until every waiting thread has seen the end of phase
-//      n.
+//   4. One bit is enough if phase n + 1 completes only after every waiting thread has seen phase n end.
 //   5. A thread that has seen a phase complete can read all that was written before the phase's arrivals, and
 //      all bytes that were announced.
 //
@@ -686,8 +685,8 @@ __device__ void Worker::release() {
 }
 
 // A worker that waits for another block has a limit, PATIENCE, and the producer has a limit of 2 * PATIENCE.
-// After it, the launch ends with an error instead of hanging (chapter 16). Workers at (F) have no limit,
-// because a look at the clock in each of these many waits makes a token take 0.4 % more time.
+// After this time, the launch ends with an error and does not hang (chapter 16). Workers at (F) have no
+// limit, because a look at the clock in each of these many waits makes a token take 0.4 % more time.
 constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
 enum SyncId {  // numbers in Failure::sync: 1 to 5 as in the text, 6 for (F), 9 for (6)
   SYNC_QKV = 1, SYNC_ATTENTION, SYNC_SUMS, SYNC_X, SYNC_VOTE, SYNC_FULL, SYNC_EMPTY, SYNC_TOKEN, SYNC_TALLY
@@ -724,7 +723,7 @@ struct Producer {  // one thread of each block
     wait(m, s, &s.empty[ring.slot], ring.parity ^ 1, SYNC_EMPTY);  // (E)
     unsigned long long now;
     while ((now = global_ns()) < earliest_ns && earliest_ns - now < 1'000'000) {}
-    earliest_ns = max(earliest_ns, now - CLOCK_NS) + bytes * gridDim.x / PACE;  // PACE: bytes a ns of all
+    earliest_ns = max(earliest_ns, now - CLOCK_NS) + bytes * gridDim.x / PACE;  // PACE: bytes a ns, grid
     barrier_expect(&s.full[ring.slot], bytes);  // (F)
   }
   __device__ void copy(void* to, const void* from, uint32_t bytes) {

@@ -123,7 +123,7 @@ class Block(nn.Module):
         attn = self.attend(layer_norm(x, (C,), self.ln1_w, self.ln1_b, eps), rope, cache_kv, pos)
         hidden = linear(layer_norm(x, (C,), self.ln2_w, self.ln2_b, eps), self.w_up, self.b_up)
         mlp = linear(gelu(hidden), self.w_down.T, self.b_down)                    # [B, N, F] -> [B, N, C]
-        return x + (attn + mlp)                                           # only one sum rounds as coarsely as x
+        return x + (attn + mlp)                                         # only one sum rounds as coarsely as x
 
     def attend(self, x, rope, cache_kv, pos):
         (B, N, C), NH, HS = x.shape, self.config.n_head, self.config.head_size
