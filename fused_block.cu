@@ -6,7 +6,7 @@
 // launch makes up to 8 tokens in a row. Before the first launch, PyTorch reads the prompt (model.py) and
 // leaves its keys and values in the cache.
 //
-// In PyTorch the step is these lines. S0 to S10 are the *stages* in which the kernel computes the same.
+// In PyTorch the step is these lines. The kernel computes the same in *stages*, S0 to S10.
 //
 //     x = embed_in[token]                                                          # S0     [C]
 //     for each layer:
@@ -34,16 +34,16 @@
 // *block* is a group of threads (chapter 2). The text explains pythia-2.8b on an H200. Chapter 13 says what
 // is different in the other nine sizes.
 //
-// The budget. With one text at a time, each weight is used once for each token. So a layer takes at least the
-// time in which memory delivers its bytes:
+// The budget. At batch size 1, each weight is used once for each token. So a layer takes at least the time in
+// which memory delivers its bytes:
 //     (4*C*C + 2*C*MLP) weights of 2 bytes         157.3 MB / 4.72 TB/s =   33.3 us a layer
 //     keys and values of T tokens: 4*C*T bytes      1.31 MB / 4.72 TB/s =    0.3 us a layer
-//     L layers, and 2*V*C bytes of the LM head     5.335 GB / 4.72 TB/s = 1130   us a token: the floor
-// An H200 delivers 4.72 TB/s to the fastest of several kernels that do nothing but read. The kernel below
-// takes 1203 us for a token, 6 % above the floor.
+//     L layers, 2*V*C bytes of the LM head, biases 5.335 GB / 4.72 TB/s = 1130   us a token: the floor
+// The 4.72 TB/s are measured: of several kernels that do nothing but read, the fastest reads at this rate
+// from an H200. The kernel below takes 1203 us for a token, 6 % above the floor.
 //
 // Arithmetic is not the limit. Without GELU and without sums across threads the kernel computes nonsense, but
-// it takes 1277 to 1281 us instead of 1280. So tensor cores, which make arithmetic faster, would gain
+// its time for a token changes by less than 0.3 %. So tensor cores, which make arithmetic faster, would gain
 // nothing. One goal explains nearly everything in this file: memory must never sit idle.
 //
 // How to read. Chapter 3, the layer loop, is the algorithm, and chapters 1 and 2 lead to it. Chapters 4 to 9
@@ -54,8 +54,9 @@
 // *syncs*. A sync is a point where a thread waits for something that other threads do. Syncs between blocks
 // have numbers, (0) to (6). Syncs inside a block have letters, such as (a).
 //
-// Times are microseconds (us) for one token of 2.8b, unless a sentence says otherwise. Compare only times
-// within one sentence, because versions and runs of the kernel differ.
+// Times are microseconds (us) for one token of 2.8b, unless a sentence says otherwise. Versions and runs of
+// the kernel differ, so compare only times within one sentence. Where a change was measured in an older
+// version, the text gives per cent.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -75,7 +76,7 @@
 //     void axpy(float factor, const half* row, float* y) {   // a number times a row is added to y
 //       for (int c = 0; c < C; c++) y[c] += factor * row[c];
 //     }
-//     void hidden_unit(int j) {                              // hidden unit j of the MLP: a row in, a row out
+//     void hidden_unit(int j) {                              // unit j of the MLP: uses two rows
 //       const float h = gelu(dot(w_up + j * C, xn2) + b_up[j]);
 //       axpy(h, w_down + j * C, y);
 //     }
@@ -92,7 +93,7 @@
 //                                                                                  S9: x = x + y + biases
 //
 // The next x needs every part of y. So once in a layer all blocks have to wait for one another, at sync (4).
-// Once in a token they also wait at (5), where they choose the next token together.
+// At least once in a token they also wait at (5), where they choose the next token together.
 
 // 2. Who owns what ========================================================================================
 // A GPU is many processors, 132 in an H200 (NVIDIA calls them multiprocessors). Each has 227 KiB of fast
@@ -129,21 +130,27 @@
 //     axpy       each thread adds its 8 columns of the row, times the factor, to its 8 of y; no thread needs
 //                anything from another thread
 //
-// Eight columns of fp16 are 16 bytes, the widest load from shared memory. Each thread keeps its 8 columns of
-// x and of y in registers for the whole layer.
+// Eight columns of fp16 are 16 bytes, the widest load from shared memory. For the whole layer, each thread
+// keeps in registers its 8 columns of the two normalized x, xn1 and xn2, and of y. More workers do not help:
+// with 640 of them, two for the same 8 columns, a token takes 1383 us instead of 1202.
 //
 // Why does a head need two blocks? A layer has 4*C + 2*MLP = 30720 rows, so a fair share is 233 rows for each
-// of the 132 blocks. A head alone has 4*HS = 320. If one block did a whole head, it would be late, and all
-// other blocks would wait for it at (4). With clusters of 1 a token takes 1543 us, with clusters of 2 it
-// takes 1202. In a cluster of 2 each block has 160 rows of the head, and hidden units fill the rest of its
-// share. Larger clusters gain little: 1205 us with 4 blocks, 1190 with 8. So default_cluster in build.py
-// chooses the smallest cluster in which a block's part of a head is no more than its fair share.
+// of the 132 blocks. A head alone has 4*HS = 320 rows: q, k, v and output. If one block did a whole head, it
+// would be late, and all other blocks would wait for it at (4). With clusters of 1 block a token takes 1543
+// us, with clusters of 2 blocks it takes 1202. In a cluster of 2 each block has 160 rows of the head, and
+// hidden units fill the rest of its share.
+//
+// Why not larger clusters? In 2.8b, clusters of 4 blocks take 1205 us and clusters of 8 take 1190, 1 % less.
+// But clusters of 4 and 8 leave about one processor in eleven unused, and other sizes lose: pythia-160m takes
+// 83.1 us with clusters of 4 blocks and 93.4 us with 8. One rule serves all sizes: default_cluster in
+// build.py chooses the smallest cluster in which a block's part of a head is no more than its fair share.
 
 // 3. The layer loop =======================================================================================
 // The loop below is what one worker does. A few sizes come first, with their values for 2.8b in brackets.
-// Names in capitals that this file does not define, such as HIDDEN, come from build.py, on the compiler's
-// command line. `__device__` marks functions that run on the GPU. In 2.8b a worker owns one piece of 8
-// columns, and all workers of a block are one team, so PIECES and TEAMS are 1. Ignore both until chapter 13.
+// Names in capitals that this file does not define, such as HIDDEN or ROWS, come from build.py, on the
+// compiler's command line. `__device__` marks functions that run on the GPU, `__host__` functions that run on
+// the CPU, and `constexpr` what the compiler computes. In 2.8b a worker owns one piece of 8 columns, and all
+// workers of a block are one team, so PIECES and TEAMS are 1. Ignore both until chapter 13.
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -156,24 +163,26 @@ constexpr int TEAMS = ceil_div(THREADS, TEAM);  // teams in a block [1]
 constexpr int WORKERS = TEAM * TEAMS;           // threads of a block that compute [320]
 
 typedef float Columns[COLS];                    // registers: one worker's columns of x, y or a LayerNorm
-// A worker's columns of the gains and biases of a layer's two LayerNorms.
+// A worker's columns of the gains and biases of a layer's two LayerNorms. CUDA's uint4 is any 16 bytes, here
+// 8 numbers in fp16.
 struct Norms { uint4 w1[PIECES], b1[PIECES], w2[PIECES], b2[PIECES]; };
 
 struct Share {  // the rows of one matrix that one block gets; chapter 10 explains the fields
   int count, dealt, first_dealt, blocks, first_rest;
-  __device__ int at(int i) const;  // number of the block's i-th row, where a tile begins
+  // The number of the block's i-th row. Here i has to be the first row of a tile (8 rows, chapter 4).
+  __device__ int at(int i) const;
 };
 
 struct Plan {  // what one block does for one token (chapter 10)
   int rank, cluster, clusters;
   Share units;                  // its hidden units, in every layer
-  int filler;                   // hidden units to compute before each of the waits (1) and (2)
+  int filler;                   // hidden units before each of the waits (1) and (2): whole tiles, of 8
   int first_token, last_token;  // its cached tokens, for every head: first_token .. last_token - 1
 };
 
 struct Ring {  // the slot of the ring that a thread uses next (chapter 5)
   int slot = 0;
-  uint32_t parity = 0;
+  uint32_t parity = 0;             // says which trip around the ring this is, an even or an odd one
   __device__ void advance();
 };
 
@@ -184,13 +193,16 @@ struct Worker {
   // Runs layers first_layer .. last_layer - 1 of `token` at `position`, chooses the next token, and repeats
   // this with the next token until `position` is `end`. With new_tokens = 0, for tests, it chooses no token.
   //
-  // In short: for each token { for each layer {...} choose }. The code has one loop for both. Its iteration
-  // `layer == L` is the choice, because the choice also begins with S0 and S1.
+  // In short: for each token { for each layer {...} choose }. The code has one loop for both: the pass with
+  // layer == L chooses the token. It shares S0 and S1 with the layers.
   //
   // All of x is in global memory, in two buffers. A layer reads x from x_now, and all clusters add their y to
   // x_next. Then both swap roles. `steps` counts layers over all launches, and its last bit says which buffer
-  // is x_now. Nothing clears x_next: for each pair of columns, one thread of the grid, the *carrier*, adds x
-  // minus what x_next still holds (chapter 8).
+  // is x_now. x_next is not cleared. Instead, one thread for each pair of columns, the *carrier*, adds x -
+  // old, where old is what x_next still holds. So the old value cancels (chapter 8).
+  //
+  // `plan` is the block's plan in shared memory. Thread 0 writes a new one when a token has been chosen. A
+  // longlong2 is two 64-bit integers.
   //
   // mark() is a stopwatch, tap() a probe for tests. In the shipped kernel both compile to nothing.
   __device__ void run(const Plan& plan, int first_layer, int last_layer, int new_tokens,
@@ -200,35 +212,38 @@ struct Worker {
     begin(first_layer, carried_words);
 
     for (int layer = first_layer; position < end;) {
-      // S0. Read x, as soon as every cluster of the grid has added to it: (4).
+      // S0. In layer 0, x is the row of `token` in embed_in. In later layers, wait until every cluster of the
+      // grid has added to x, (4), and read it.
       read_x(layer, token, x_now, steps, x);
       if (layer == last_layer && new_tokens == 0) break;  // a launch that makes no token ends here
 
-      // S1. Normalize x, once for both LayerNorms. Apply the first one's gain and bias, for the heads.
+      // S1. Normalize x, once for both LayerNorms. Apply the gain and bias of LayerNorm 1, for the heads.
       normalize(x);
       affine(x, norms.w1, norms.b1, xn1);
 
-      // S10. After the last layer, compute the logits and choose the next token: (5).
+      // S10. After the last layer, compute the logits and choose the next token: (5). The buffers do not swap
+      // here, because layer 0 does not read x_now. It adds to the same x_next.
       if (layer == L) {
         token = next_token(xn1, position, end);
         position++, layer = 0;
         continue;
       }
 
-      // S9, first part. In the carriers alone: add x - old and the output biases to x_next.
+      // S9, first part. It stands here because it needs only the old x: the carriers add x - old and the
+      // output biases to x_next.
       carry(layer, token, x_next, steps);
 
-      // S1. Apply the second one's gain and bias, for the hidden units.
+      // S1. Apply the gain and bias of LayerNorm 2, for the hidden units.
       affine(x, norms.w2, norms.b2, xn2);
 
-      // Clear y, which collects what the block adds to this thread's columns.
+      // Clear y, which sums up what the block adds to this thread's columns.
       for (int i = 0; i < COLS; i++) {
         y[i] = 0;
         tap(TAP_XN1 + column(i), xn1[i]), tap(TAP_XN2 + column(i), xn2[i]);
       }
       mark(MARK_NORM, layer);
 
-      int done = 0;  // hidden units of this layer that are done; units() counts it up
+      int done = 0;  // hidden units of this layer that are done; units() advances it
       for (int h = plan.cluster; h < NH; h += plan.clusters) {  // this cluster's heads: one or none
         // S2. Compute this rank's rows of q, k, v. Send them to all ranks of the cluster.
         qkv_rows(xn1, h); mark(MARK_QKV, layer);
@@ -263,7 +278,8 @@ struct Worker {
       // Start to load the gains and biases of the next layer, which do not depend on x.
       norms = load_norms(layer + 1); mark(MARK_ADDED, layer);
 
-      // Swap the buffers. The next layer reads x_next, and adds to the buffer that this layer has read.
+      // Swap the buffers. The next layer reads x_next, and adds to the buffer that this layer has read. For a
+      // carrier, the words that it read in this layer, own_now, become the old words, own_next.
       long long* const x_last = x_now;
       x_now = x_next, x_next = x_last, own_next = own_now, steps++, layer++;
     }
@@ -334,21 +350,24 @@ struct Worker {
   int flip = 0;                             // which of two arrays the next tile uses: chapter 4
   uint32_t head_parity = 0, sums_parity = 0;  // parity of (1) and (2); parity of (3): chapter 7
   Columns y;                                // what the block adds to this thread's columns of x
-  const int carried = (gridDim.x - 1 - blockIdx.x) * WORKERS + tid;  // the pair that it carries: chapter 8
+  const int carried = (gridDim.x - 1 - blockIdx.x) * WORKERS + tid;  // pair of columns it carries: chapter 8
   longlong2 own_now, own_next;              // the carrier's two words in x_now and in x_next: chapter 8
   Norms norms;                              // gains and biases of the LayerNorms that come next
+  // MIN_BLOCKS: the fewest blocks that a launch may have.
   static constexpr int KEPT = ceil_div(V, MIN_BLOCKS * WORKERS);  // logits that a worker keeps: chapter 9
   float logits[KEPT], noise[KEPT];          // chapter 9
 };
 
-// To add a stage, change the loop above and the same stage in emulator.py. If the stage reads rows, the
-// producer has to copy them at the same place of its order (chapter 5). If some blocks do more of it than
-// others, make_plan has to count its bytes (chapter 10). New shared memory needs a larger FIXED_BYTES, and
-// new weights go into Layer below and into Block in model.py, in the same order.
+// For later, when you know the kernel. To add a stage:
+//   - Change the loop above, and the same stage in emulator.py.
+//   - If the stage reads rows, the producer has to copy them at the same point in its order (chapter 5).
+//   - If some blocks do more of it than others, make_plan has to count its bytes (chapter 10).
+//   - New shared memory needs a larger FIXED_BYTES.
+//   - New weights go into Layer below and into Block in model.py, in the same order.
 
 // ---- Memory layout: sizes --------------------------------------------------------------------------------
-// The rest of this chapter is for reference. A *tile* is 8 rows that are multiplied together (chapter 4). It
-// fills two *slots* of the ring (chapter 5).
+// The rest of this chapter is for reference. Chapter 4 continues the explanation. A *tile* is 8 rows that are
+// multiplied together (chapter 4). It fills two *slots* of the ring (chapter 5).
 
 constexpr int WARPS = WORKERS / 32;             // warps of workers [10]
 constexpr int LANES = TEAM < 32 ? TEAM : 32;    // threads of a warp that belong to one team [32]
@@ -358,7 +377,8 @@ constexpr int TILE_ROWS = ROWS * TEAMS;         // rows of a tile, ROWS for each
 constexpr int HALF_TILES = 2;                   // slots that a tile takes
 constexpr int HALF_TILE_ROWS = TILE_ROWS / HALF_TILES;      // [4]
 constexpr int SLOT_BYTES = HALF_TILE_ROWS * C * 2;          // [20480]
-constexpr int TILE_BIASES = ceil_div(TILE_ROWS, 8) * 8 + 8; // room for a tile's biases: Producer::rows [16]
+// The copy of a tile's biases may begin up to 7 biases early (Producer::rows). So there is room for 8 more.
+constexpr int TILE_BIASES = ceil_div(TILE_ROWS, 8) * 8 + 8;  // room for a tile's biases [16]
 
 constexpr int QKV_ROWS = 3 * HS / K;            // rows of a head's q, k, v that one rank computes [120]
 constexpr int OUT_ROWS = HS / K;                // output rows, and dimensions of o, that one rank has [40]
@@ -366,7 +386,7 @@ constexpr int OWN = C / K;                      // columns of the cluster's y th
 
 // ---- Memory layout: global memory ------------------------------------------------------------------------
 
-struct Layer {  // weights in fp16; no launch writes them. Every matrix is rows of C
+struct Layer {  // weights in fp16; no launch writes them. Every matrix is stored as rows of C numbers
   const half *ln1_w, *ln1_b, *ln2_w, *ln2_b;  // [C]
   const half *w_qkv, *b_qkv;                  // [NH][3][HS] rows, and as many biases
   const half *w_out, *b_out;                  // [NH][HS] rows, [C]
@@ -419,16 +439,16 @@ __device__ half* cache_row(const Model& m, int layer, int kv, int head, int toke
 //     25 * HS                               qkv, peer_o, q, k_new, v_new, and RoPE's angles
 //     WARP_BYTES                            warp_top, warp_l and warp_votes; warp_dots and warp_stats
 //     512                                   all small things
-// A slot needs room for its rows, its biases and two mbarriers of 8 bytes.
+// A slot needs room for its rows, its biases and two mbarriers of 8 bytes, (F) and (E) of chapter 5.
 constexpr int WARP_BYTES = 24 * WARPS + 8 * (ROWS + 1) * TEAMS * TEAM_WARPS;  // [960]
 constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS) + 25 * HS + WARP_BYTES + 512;
 constexpr int SLOTS = (SHARED_BYTES - FIXED_BYTES) / (SLOT_BYTES + 2 * TILE_BIASES + 16);  // [10]
 
 // Come back to this list when a chapter uses a name from it. Addresses have to be multiples of 16 where the
-// producer copies to, and where a thread loads 16 bytes at once.
+// producer copies to, and where a thread loads 16 bytes at once. `alignas` makes them so.
 struct alignas(128) Shared {                        // bytes       chapter, and what
   half ring[SLOTS][HALF_TILE_ROWS * C];             // 10 x 20480  5  rows of weights; or keys and values
-  alignas(16) half bias[SLOTS][TILE_BIASES];        // 10 x 32     5  biases of the tile that begins there
+  alignas(16) half bias[SLOTS][TILE_BIASES];        // 10 x 32     5  biases of the tile that begins in it
   alignas(16) float sums[K * TEAMS][OWN];           // 10240       7  y of all ranks, this rank's columns
   alignas(16) float x[C];                           // 10240       8  x, read once for all threads
   float qkv[3 * HS];                                // 960         7  q, k, v of a head, from all ranks
@@ -440,11 +460,11 @@ struct alignas(128) Shared {                        // bytes       chapter, and 
   float warp_dots[2][TEAMS][ROWS][TEAM_WARPS];      // 640         4  a tile's dot products, from every warp
   float warp_stats[TEAMS][TEAM_WARPS][2];           // 80          6  LayerNorm's statistics, from every warp
   float rope_cos[ROT / 2], rope_sin[ROT / 2];       // 80          10 RoPE's angles at this position
-  ulonglong2 warp_votes[WARPS], agreed;             // 176         9  votes of every warp, and of the grid
-  longlong2 tally_before[2];                        // 32          9  State::tally after the tally before
+  ulonglong2 warp_votes[WARPS], agreed;             // 176         9  sums or maxima: of warps, of the grid
+  longlong2 tally_before[2];                        // 32          9  State::tally, when it was last used
   Settings settings;                                // 24          9
-  float candidate;                                  // 4           9  the logit of the token in agreed
-  unsigned votes, tallies;                          // 8           9  numbers so far; for thread 0 only
+  float candidate;                                  // 4           9  the candidate's logit, if top-k, top-p
+  unsigned votes, tallies;                          // 8           9  how many so far; only thread 0 uses them
   Plan plan;                                        // 44          10
   Share rows;                                       // 20          10 the block's rows of the LM head
   int layer;                                        // 4           16 the layer that a failure report names
@@ -464,7 +484,7 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory
 // The answer. A *tile* of 8 rows shares one reduction. All workers first multiply their columns of 8 rows,
 // and keep 8 sums in registers. Then they reduce all 8 sums together. With tiles of 2 rows a token takes 2028
 // us, with 4 rows 1219, with 8 rows 1203. Tiles of 16 rows are too large, because only two of them fit into
-// the ring: a token takes 2132 us instead of 1272.
+// the ring: a token takes 68 % more time than with 8 rows.
 //
 // This chapter assumes that the next tile is already in shared memory.
 
@@ -493,8 +513,8 @@ __device__ void axpy8(float a, const uint4& w, float* y) {
 
 // Adds up 8 sums over the 32 lanes of a warp. If every lane kept all 8 sums in all 5 steps, this would take
 // 40 shuffles. Instead, two lanes swap half of their sums in each step. Each adds what it gets to the half
-// that it keeps, so the number of sums halves: 8, 4, 2, 1. The last of these steps, in lanes 0 and 1, with
-// sums a0 and a1 of one row, b0 and b1 of another:
+// that it keeps, so the number of sums halves: 8, 4, 2, 1. Take the last of these steps as an example. Two
+// rows, a and b, are left. Lane 0 has the sums a0 and b0 of these rows, and lane 1 has a1 and b1:
 //     lane 0 gives b0, gets a1, and keeps a0 + a1
 //     lane 1 gives a0, gets b1, and keeps b0 + b1
 // After three steps, with lanes at distance 4, 2 and 1, a lane has a single row, summed over 8 lanes. Two
@@ -505,7 +525,7 @@ __device__ void axpy8(float a, const uint4& w, float* y) {
 // unroll` unrolls the loop. Only then can the compiler keep v[] in registers.
 __device__ float reduce_rows(float (&v)[ROWS], int lane) {
   for (int apart = ROWS / 2; apart >= 1; apart /= 2) {
-    const bool upper = lane & apart;  // the upper lane of two keeps the upper half of the rows
+    const bool upper = lane & apart;  // the lane with the higher number keeps the upper half of the rows
 #pragma unroll
     for (int i = 0; i < apart; i++)
       v[i] = (upper ? v[i + apart] : v[i]) + __shfl_xor_sync(~0u, upper ? v[i] : v[i + apart], apart);
@@ -520,7 +540,7 @@ __device__ void named_barrier(int id, int threads);
 __device__ void workers_sync() { named_barrier(1, WORKERS); }
 __device__ void team_sync(int team) { named_barrier(TEAMS == 1 ? 1 : 2 + team, TEAM); }
 
-// This thread's columns (their piece p) of one row in the current slot.
+// Piece p of this thread's columns, in one row of the current slot.
 __device__ uint4 Worker::weights(int slot_row, int p) const {
   return as16(&s.ring[ring.slot][slot_row * C + column(8 * p)]);
 }
@@ -529,9 +549,9 @@ __device__ uint4 Worker::weights(int slot_row, int p) const {
 //   math    dot(row r, in) + bias[r], for the n rows of the tile
 //   who     every worker multiplies its 8 columns; then lane l of every warp gets the result of row l % 8
 //   bytes   n * C * 2 from shared memory, 41 KB for 8 rows
-//   syncs   (F) (E) for each half of the tile, see chapter 5; (c) once
-// A tile arrives in two slots, so the producer can fill the first slot again while this function reads the
-// second one. With one slot for the whole tile, a token takes 1276 us instead of 1272.
+//   syncs   (F) (E) for each slot, see chapter 5; (c) once
+// A tile arrives in two slots, 4 rows in each: a *half tile*. So the producer can fill the first slot again
+// while this function reads the second one. With one slot for the whole tile, a token takes 0.3 % more time.
 //
 // At (c) every warp waits until all 10 warps have written their sums to shared memory. No second sync
 // protects these sums from the next tile, because two arrays alternate, warp_dots[0] and warp_dots[1]:
@@ -539,10 +559,12 @@ __device__ uint4 Worker::weights(int slot_row, int p) const {
 //   2. Tile 2 writes array 1. A warp arrives at its (c) only after the warp has read array 0.
 //   3. Tile 3 writes array 0 again, after (c) of tile 2. So all warps have read it.
 //
-// The last tile may have only n < 8 rows. The loop still multiplies whole half tiles, with old bytes in place
-// of missing rows, and nothing uses their results. A test for each row would cost more, because the compiler
-// could no longer issue the loads of all rows first. `skip` is the place where the tile's biases begin, see
-// Producer::rows.
+// The last tile may have only n < 8 rows. The loop always multiplies all 4 rows of a slot. Where a row is
+// missing, the slot has old bytes, and the result is not used. A test for each row would cost more, because
+// the compiler could no longer issue the loads of all rows first.
+//
+// s.bias[slot][skip] is the bias of the tile's first row. `skip` is not always 0, because copies of biases
+// begin at a multiple of 8 (chapter 5).
 __device__ float Worker::dot_tile(const Columns& in, int n, int skip, bool has_bias) {
   float dots[ROWS] = {}, bias = 0;
   for (int half_tile = 0; half_tile < HALF_TILES; half_tile++) {
@@ -590,6 +612,7 @@ __device__ void Worker::axpy_tile(float a, int n) {
     for (int i = 0; i < ROWS / HALF_TILES; i++) {
       const int r = half_tile * ROWS / HALF_TILES + i, slot_row = i * TEAMS + team;
       const float of_row = __shfl_sync(~0u, a, r, LANES);
+      // The row itself, or row 0 of the half tile for a missing row.
       const int exists = half_tile * HALF_TILE_ROWS + slot_row < n ? slot_row : 0;
       for (int p = 0; p < PIECES; p++) axpy8(of_row, weights(exists, p), y + 8 * p);
     }
@@ -599,21 +622,21 @@ __device__ void Worker::axpy_tile(float a, int n) {
 
 // 5. The ring =============================================================================================
 // The problem. Memory answers a request only after some time, so many requests have to be on their way at any
-// moment. A processor's share of 4.72 TB/s is 35.8 KB in each us. So for every us that an answer takes, 35.8
-// KB have to be on their way. If workers loaded weights themselves, these bytes would need 28 registers of
-// each worker. And no loads would start while workers wait at (4).
+// moment. If an answer takes 1 us, these are at least the bytes that memory delivers in 1 us. A processor's
+// share of 4.72 TB/s is 35.8 KB in 1 us. If workers loaded weights themselves, 35.8 KB would need 28
+// registers of each worker. And no loads would start while workers wait at (4).
 //
 // The answer. One thread, the producer, starts *bulk copies* from global into shared memory. One instruction
 // copies up to 20 KB, and hardware does the rest. The copies go to a *ring* of 10 slots of 20 KB. The
 // producer fills slots 0, 1, ... 9, 0, 1, ..., and the workers empty them in the same order. Weights do not
 // depend on x, so the producer runs ahead as long as there is an empty slot. While workers wait at (4), it
-// copies rows of the next layer. While workers wait at (5), it copies rows for the next token. (It waits for
-// two other things: once a token, at (h), for the keys and values of the token before; and for the clock,
-// chapter 15.)
+// copies rows of the next layer. While workers wait at (5), it copies rows for the next token. (The producer
+// also waits at (h), once in a token, until the previous token's k and v are in the cache. And it limits its
+// own rate, chapter 15.)
 //
 // What this gains. The ring holds 205 KB, which is 5.7 us of reading, so shorter waits do not interrupt the
-// reading. With 9, 8 and 7 slots a token takes 1262, 1274 and 1286 us instead of 1252. With copies of 1 KB it
-// takes 2380 us instead of 1271.
+// reading. With 9, 8 and 7 slots instead of 10, a token takes 0.8, 1.8 and 2.7 % more time. With copies of 1
+// KB it takes 87 % more.
 //
 // Each slot needs two syncs:
 //   (F) the slot is full, so workers may read it. Without (F), they would multiply bytes of an earlier tile
@@ -625,14 +648,22 @@ __device__ void Worker::axpy_tile(float a, int n) {
 //      counts the bytes of a bulk copy when they land.
 //   3. A phase is named by its *parity*, its number modulo 2. barrier_open(b, parity) says whether the phase
 //      with this parity is still open. After each wait, a thread flips the parity that it waits for.
-//   4. One bit is enough if no phase can complete before all threads have seen that the phase before it is
-//      complete.
+//   4. One bit is enough if phase n + 1 completes only after every waiting thread has seen phase n end.
 //   5. A thread that has seen a phase complete can read all that was written before the phase's arrivals, and
 //      all bytes that were announced.
 //
 // full[slot] needs 1 arrival, the producer's, and the bytes of its copies. empty[slot] needs 10 arrivals, one
-// from each warp of workers. Rule 4 holds, because the producer fills a slot again only after all warps have
-// emptied it.
+// from each warp of workers. Two trips around the ring, for one slot:
+//     producer   waits at empty for parity 1, which passes at once (see claim). Copies rows A into the slot
+//     workers    wait at full for parity 0, the end of its phase 0. Read A. Arrivals end phase 0 of empty
+//     producer   waits at empty for parity 0, the end of its phase 0. Copies rows B into the slot
+//     workers    wait at full for parity 1, the end of its phase 1. Read B. Arrivals end phase 1 of empty
+//
+// Rule 4 holds for both:
+//     full     Phase n + 1 needs a new copy. The producer starts this copy only after all warps have emptied
+//              the slot, and so have seen the end of phase n.
+//     empty    Only the producer waits here. Phase n + 1 needs all warps to read the slot again, and so a new
+//              copy. The producer starts this copy only after it has seen the end of phase n.
 
 __device__ void barrier_init(uint64_t* b, int arrivals);
 __device__ void barrier_arrive(uint64_t* b);
@@ -648,16 +679,16 @@ __device__ void Worker::wait_full() const {
 }
 
 __device__ void Worker::release() {
-  __syncwarp();                                           // (E) waits until all lanes of the warp have read
+  __syncwarp();  // (E) waits until all lanes of the warp have read
   if (lane == 0) barrier_arrive(&s.empty[ring.slot]);     // (E)
   ring.advance();
 }
 
-// The producer's waits, and waits for other blocks, have a limit, PATIENCE. After it, the launch ends with an
-// error instead of hanging (chapter 16). (F) has no limit, because a look at the clock in each of these many
-// waits costs 5 us: a token takes 1254 us with it, and 1249 without.
+// A worker that waits for another block has a limit, PATIENCE, and the producer has a limit of 2 * PATIENCE.
+// After this time, the launch ends with an error and does not hang (chapter 16). Workers at (F) have no
+// limit, because a look at the clock in each of these many waits makes a token take 0.4 % more time.
 constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
-enum SyncId {  // numbers of syncs in Failure::sync; (F) is 6, and (6) is SYNC_TALLY
+enum SyncId {  // numbers in Failure::sync: 1 to 5 as in the text, 6 for (F), 9 for (6)
   SYNC_QKV = 1, SYNC_ATTENTION, SYNC_SUMS, SYNC_X, SYNC_VOTE, SYNC_FULL, SYNC_EMPTY, SYNC_TOKEN, SYNC_TALLY
 };
 __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32_t parity, SyncId sync);
@@ -670,7 +701,7 @@ __device__ uint64_t read_once_policy();      // a hint to the cache for copied b
 __device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* full, uint64_t policy);
 __device__ void order_copies();              // orders later copies after this thread's earlier loads
 
-// RULE. A slot has no label that says what is in it. The order alone does: the producer has to copy exactly
+// RULE. A slot has no label that says what is in it. Only the order tells: the producer has to copy exactly
 // the tiles that Worker::run uses, in the same order. So layers() below has the same loops as run().
 //
 // If the order is wrong, workers multiply wrong rows. The tests notice this, because they compare every stage
@@ -685,14 +716,14 @@ struct Producer {  // one thread of each block
   unsigned long long earliest_ns = 0;    // no copy may start before this time
 
   // Waits until the next slot is empty and until it is time for the copy (chapter 15). Then announces the
-  // copy's bytes. In the first trip around the ring, the wait for an empty slot has to pass at once. It does,
-  // because it waits for parity 1 while a new mbarrier is in phase 0. Parity 1 then means the phase before
-  // phase 0, which counts as complete.
+  // copy's bytes. In the first trip around the ring, the slot is empty from the start, so (E) has to pass at
+  // once. A new mbarrier is in phase 0. The producer waits for parity 1, which then means the phase before
+  // phase 0, and that phase counts as complete.
   __device__ void claim(uint32_t bytes) {
     wait(m, s, &s.empty[ring.slot], ring.parity ^ 1, SYNC_EMPTY);  // (E)
     unsigned long long now;
     while ((now = global_ns()) < earliest_ns && earliest_ns - now < 1'000'000) {}
-    earliest_ns = max(earliest_ns, now - CLOCK_NS) + bytes * gridDim.x / PACE;  // PACE: bytes a ns
+    earliest_ns = max(earliest_ns, now - CLOCK_NS) + bytes * gridDim.x / PACE;  // PACE: bytes a ns, grid
     barrier_expect(&s.full[ring.slot], bytes);  // (F)
   }
   __device__ void copy(void* to, const void* from, uint32_t bytes) {
@@ -737,8 +768,8 @@ struct Producer {  // one thread of each block
     }
   }
 
-  // Copies all that the layers of one token need. The producer has a plan of its own, because it may already
-  // be at the next token, when the workers' plan is still for this one.
+  // Copies what the layers of one token need. The producer has a plan of its own. It may already be at the
+  // next token while the workers' plan is still for this one.
   __device__ void layers(const Plan& plan, int first_layer, int last_layer, bool is_first_token) {
     for (int layer = first_layer; layer < last_layer; layer++) {
       const Layer& w = m.layers[layer];
@@ -748,9 +779,9 @@ struct Producer {  // one thread of each block
         rows(w.w_qkv, w.b_qkv, qkv, qkv + QKV_ROWS);                      // S2
         units(w, plan.units, done, min(done + plan.filler, plan.units.count));  // S8
 
-        // Of all that is copied, only cached keys and values depend on the tokens before. So before the first
-        // of these copies for a new token, the producer waits until the workers have finished the token
-        // before: (h). Then it runs ahead again.
+        // Of all copies, only those of keys and values depend on earlier tokens. So the producer waits ahead
+        // of the first of these copies until the workers have finished the previous token: (h). Then it runs
+        // ahead again.
         if (!is_first_token && layer == 0 && h == plan.cluster) {
           wait(m, s, &s.token_ready, token_parity, SYNC_TOKEN);           // (h)
           token_parity ^= 1;
@@ -790,7 +821,7 @@ __device__ Norms Worker::load_norms(int layer) const {
 
 // S1 LAYERNORM
 //   math    x <- (x - mean) / sqrt(variance + eps); then xn1 = x * w1 + b1 and xn2 = x * w2 + b2
-//   who     every block, for itself. If one block did it for all, all blocks would have to wait once more
+//   who     every block, for itself. If one block did it for all, the others would have to wait for it
 //   bytes   8 * C, 20 KB
 //   syncs   (b) makes every warp wait for the statistics of all warps
 //
@@ -846,7 +877,7 @@ __device__ void Worker::affine(const Columns& x, const uint4* gain, const uint4*
 //   who     each block, for its own units. No other block needs h_j
 //   bytes   4 * C for a unit, 10 KB
 //   syncs   (F) (E) for each half tile; (c) for each tile
-// Units need nothing but x, so they also fill waits: the layer loop does some of them while q, k and v are on
+// Units need nothing but x, so they also fill waits. The layer loop does some of them while q, k and v are on
 // their way to the other rank, and some more during the exchange of attention's results. Pythia is trained
 // with gelu(a) = a / 2 * (1 + erf(a / sqrt 2)). The approximation by tanh, common in other models, differs
 // from it by up to 5e-4.
@@ -867,8 +898,9 @@ __device__ void Worker::units(const Columns& xn2, int& done, int end) {
 //
 // The answer is a *push*: a store into the shared memory of another block of the cluster. When the data
 // lands, the hardware counts its bytes on an mbarrier of the receiving block. The sender goes on at once. The
-// receiver waits on its own mbarrier until all expected bytes have landed. This saves the round trip of a
-// read from the other block, and a barrier of both blocks after a plain store.
+// receiver waits on its own mbarrier until all expected bytes have landed. Two alternatives are slower. A
+// read from the other block is a round trip. A plain store needs a barrier of both blocks, which tells the
+// receiver that the data has arrived.
 //
 // An *inbox* is an array into which the blocks of a cluster, the *peers*, push. Each rank also pushes to its
 // own inboxes, so that all parts are handled alike.
@@ -878,13 +910,13 @@ __device__ void Worker::units(const Columns& xn2, int& done, int end) {
 //     (2)   peer_o, peer_top_l   attention over its 64 tokens      owner of the dimension  tokens are lost
 //     (3)   sums                 its y                             owner of the column     x lacks peers' y
 //
-// The first exchange is a ClusterGather: every rank gets all parts. The other two are ClusterReduces: each
-// rank gets all parts of what it owns, and adds them up. (These names are from the ClusterFusion paper, arXiv
-// 2508.18850.)
+// The first exchange is a ClusterGather: every rank gets all parts. Each of the other two is a ClusterReduce:
+// each rank gets all parts of what it owns, and adds them up. (These names are from the ClusterFusion paper,
+// arXiv 2508.18850.)
 //
 // An inbox needs no signal that says it is free, because the exchanges come in a fixed order. For qkv, for
 // example:
-//   1. Every thread of this block reads q, k and v, and arrives at (d).
+//   1. Every thread of this block reads q, k and v, and arrives at (d), a sync of the block in S3.
 //   2. After (d), this block pushes its attention results to the peer.
 //   3. The peer waits for these results at (2).
 //   4. Later, in the next layer, the peer pushes into this block's qkv again.
@@ -969,11 +1001,11 @@ __device__ void Worker::rotate_and_append(int layer, int h, int position) const 
 //
 //   math    score_t = dot(q, k_t); then top, l, o of this rank's tokens
 //   who     rank r: tokens first_token .. last_token - 1. The last rank also takes the new token, because no
-//           rank has fewer cached tokens. In a warp, 16 lanes share a token. Of these, 10 have 8 of the 80
-//           dimensions each, and 6 have none
+//           rank has fewer cached tokens. In a warp, 16 lanes share a token. Of these 16 lanes, 10 have 8 of
+//           the 80 dimensions each, and 6 have none
 //   bytes   4 * HS * T / K, 20 KB; with T = 2048, 328 KB, which takes 9.2 us
 //   syncs   (F) (E) for each slot; (e) makes push_attention wait for the results of all warps; (2) later
-// Sets are merged three times: those of lanes here, those of warps in push_attention, those of ranks in S6.
+// Sets are merged three times: sets of lanes here, sets of warps in push_attention, sets of ranks in S6.
 constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // lanes for a token [16]
 constexpr int WARP_TOKENS = 32 / TOKEN_LANES;     // tokens that a warp takes at once [2]
 
@@ -1007,9 +1039,9 @@ __device__ void Worker::attend() {
     const half *k = s.ring[ring.slot] + d, *v = k + KV_TOKENS * HS;
     const int base = warp * WARP_TOKENS + group;
 
-    // Compute the scores of up to 4 tokens, and the largest of them. The loads have a loop of their own, so
-    // that none waits for a shuffle. With one loop for both, a token takes 1369 us instead of 1341 at T =
-    // 2000.
+    // Compute the scores of up to 4 tokens, and the largest of them. The first loop has only loads and
+    // products, the second loop has the shuffles. In a single loop, each load would wait for the shuffles of
+    // the token before. With T = 2000, a token would then take 2.1 % more time.
     float score[BATCH], higher = top;
     for (int u = 0; u < BATCH; u++) {
       const int t = base + u * STRIDE;
@@ -1077,10 +1109,12 @@ __device__ void Worker::wait_for_attention() {
 
 // S6 MERGE, S7 OUT ROWS. The second half of the CLUSTERREDUCE of o, and output rows
 //   math    o = sum_r 2^(top_r - top) o_r / sum_r 2^(top_r - top) l_r; then y += o[d] * output row d
-//   who     rank r: OUT_ROWS dimensions, from r * OUT_ROWS on. Every warp merges all o that the rank needs
+//   who     rank r: OUT_ROWS dimensions, from r * OUT_ROWS on. Every warp merges all of them for itself, in
+//           each tile one dimension a lane
 //   bytes   HS * C * 2 / K, 205 KB
 //   syncs   (F) (E) for each half tile
-// Results are added in the order of ranks, whichever arrives first. So the bits are the same in every run.
+// Results are added in the order of ranks, no matter which arrives first. So the bits are the same in every
+// run.
 __device__ void Worker::out_rows(int h) {
   // The weight of each rank, and the common denominator.
   float top = s.peer_top_l[0][0], weight[K], l = 0;
@@ -1109,8 +1143,8 @@ __device__ void Worker::out_rows(int h) {
 //   bytes   4 * C, 10 KB to the shared memories of the cluster
 //   syncs   (3)
 // Why does the cluster add up first? All clusters add to the same words of x. Additions to one word queue up,
-// so fewer additions are better. Without this step a token takes 1338 us instead of 1300. With pushes of 4
-// bytes, and not 16, it takes 1221 us instead of 1202.
+// so fewer additions are better. Without this step a token takes 2.9 % more time. With pushes of 4 bytes, and
+// not 16, it takes 1221 us instead of 1202.
 __device__ void Worker::cluster_reduce() {
   if (tid == 0) barrier_expect(&s.sums_ready, sizeof(s.sums));  // (3)
   for (int p = 0; p < PIECES; p++) {
@@ -1128,7 +1162,7 @@ __device__ void Worker::cluster_reduce() {
 // floating-point numbers in a cleared buffer, and to count in a separate counter the blocks that are done.
 // This has three costs:
 //   - Every floating-point addition rounds, so the last bits of a sum depend on the order of additions. This
-//     order changes from run to run, and so the same prompt could give another text.
+//     order changes from run to run, and so the same prompt could give a different text.
 //   - A block may increment the counter only after its additions have arrived. While memory is busy, waiting
 //     for their arrival takes about 1 us.
 //   - The buffer has to be cleared before the next layer's additions, and all blocks have to wait for that.
@@ -1146,8 +1180,8 @@ __device__ void Worker::cluster_reduce() {
 //
 // CUDA has three kinds of such accesses:
 //   relaxed   the access is atomic, in L2. It says nothing about other data
-//   release   an addition. It becomes visible after all earlier writes of its thread, and after all writes of
-//             other threads that came before a block sync with this thread
+//   release   an addition that becomes visible only after all earlier writes of its thread. After a sync of
+//             the block, this includes what the block's other threads wrote before that sync
 //   acquire   a load. If it sees the result of a release, then later loads see all writes before that release
 // At (4) relaxed is enough, because the data is its own flag: the count in a word proves that the word's
 // value is complete. At (5) the flag is a counter, separate from the data, so (5) needs a release and an
@@ -1172,8 +1206,8 @@ __device__ float from_word(long long word) {
   const bool fits = value > -FIXED_EDGE && value < FIXED_EDGE;
   return fits ? __ll2float_rn(value) * (1 / FIXED_ONE) : __int_as_float(0x7fffffff);  // else NaN
 }
-// Returns 0 if both words have the wanted count, and another number if not. If both words lack the same
-// number of additions, it is this number.
+// Returns 0 if both words have the wanted count. Otherwise the result is not 0. If both words lack n
+// additions, the result is n, because n | n = n.
 __device__ unsigned lacking(const longlong2& words, unsigned wanted) {
   return ((wanted - (unsigned)words.x) | (wanted - (unsigned)words.y)) % (1 << COUNT_BITS);
 }
@@ -1189,9 +1223,10 @@ __device__ unsigned lacking(const longlong2& words, unsigned wanted) {
 // example, the buffer holds 5, x is 8, and two clusters add 1 and 2:
 //     5 + (8 - 5) + 1 + 2  =  11  =  8 + 1 + 2
 //
-// The carrier replaces the old count in the same way. Here a word gets 3 additions, so its old count is 3. If
-// the new count also had to be 3, the old word would look complete. So the carrier starts the new count at
-// 256 (LAP), and the next time this buffer is used, at 0 again. The word is complete at 256 + 3 = 259:
+// The count needs the same care. Here a word gets 3 additions in each round, so its old count is 3. If the
+// new round also ended at 3, the old word would look complete. So this round counts from 256 (LAP), and the
+// next round in this buffer counts from 0 again. The carrier sets the start: its addition also raises the
+// count by 256 - 3. The word is complete at 256 + 3 = 259:
 //                           value   count
 //     old word              5       3
 //     a cluster adds 1      6       4       before the carrier, the count is 3, 4 or 5
@@ -1202,20 +1237,22 @@ __device__ unsigned lacking(const longlong2& words, unsigned wanted) {
 //   1. In layer l, the slow block reads buffer 0. Then it adds to buffer 1.
 //   2. Buffer 1 is complete only after all blocks have added to it, including the slow block. This is (4).
 //   3. In layer l + 1, the fast block passes this (4), and only then adds to buffer 0.
-__device__ int first_count(unsigned steps) { return steps / 2 % 2 * LAP; }  // of the x after `steps` layers
+
+// Where the count begins in the buffer that holds x after `steps` layers: at 0 or at 256.
+__device__ int first_count(unsigned steps) { return steps / 2 % 2 * LAP; }
 
 __device__ long long* Worker::buffer(unsigned steps) const { return m.residual + steps % 2 * C; }
 
 // S9 SUM, the carrier's part
 //   math    x_next += x + output biases - old
-//   who     one thread for each pair of columns, in the last blocks of the grid. In small models these blocks
-//           have no head, and would otherwise wait
+//   who     one thread for each pair of columns, in the last blocks of the grid, 128 to 131. They have no
+//           head. In small models, where a head takes the longest time, they would otherwise wait
 //   bytes   8 * C for the whole grid, 20 KB to L2
 //   syncs   none
-// own_now is the carrier's two words in x_now, which it has read in this layer. own_next is its two old words
-// in x_next, which it has read one layer earlier, when that buffer was x_now. Before the first layer of a
-// launch, begin() sets both. In layer 0, x is the token's embedding. Differences are computed unsigned,
-// because they may wrap around.
+//   own_now    the two words of x_now that this thread carries, as read in this layer
+//   own_next   the same two words of x_next, as read one layer ago, when that buffer was x_now
+// Before the first layer of a launch, begin() sets both. In layer 0, x is the token's embedding. Differences
+// are computed unsigned, because they may wrap around.
 __device__ void Worker::carry(int layer, int token, long long* x_next, unsigned steps) const {
   const int c = 2 * carried;
   if (c >= C) return;
@@ -1248,9 +1285,13 @@ __device__ void Worker::add_to_residual(long long* x_next) const {
 //   math    x = the values of all words, once they are complete; in layer 0, a row of embed_in
 //   who     each thread reads 4 pairs of columns and puts them into shared memory. Then it takes its own 8
 //   bytes   8 * C, 20 KB from L2
-//   syncs   (4) each thread waits until its 4 pairs are complete; (g) before that, the block waits for thread
-//           0, which polls; (a) makes all threads wait until all columns are in shared memory
-// A block reads each word only once, and not once for every thread that needs it.
+//   syncs   (4) thread 0 polls one pair of columns until it is complete, and (g) makes the block wait for
+//           thread 0. Then each thread reads its 4 pairs until they are complete, (4) again. (a) makes all
+//           threads wait until all columns are in shared memory
+// Why does x go through shared memory? Neighbouring threads read neighbouring pairs, so a load of a warp is
+// 512 bytes side by side. If each thread read its own 8 columns, the same load would be spread over 2048
+// bytes. With several teams in a block (chapter 13), this also saves reads, because a word that several
+// threads need is read by one thread alone.
 constexpr int PAIRS = ceil_div(C / 2, WORKERS);  // [4]
 
 __device__ void Worker::read_x(int layer, int token, const long long* x_now, unsigned steps, Columns& x) {
@@ -1267,8 +1308,8 @@ __device__ void Worker::read_x(int layer, int token, const long long* x_now, uns
 // If all threads read x again and again, they slow down the additions that they wait for: a token takes 1257
 // us instead of 1202. So at first only thread 0 polls, and only one pair of words. This is the last pair of
 // its rank's columns, which clusters add last. Without (g) the results would be the same, but all threads
-// would poll. If a block hangs, its cluster's columns of its rank stay incomplete. So the polls in all blocks
-// of this rank reach their limit, and the launch ends with an error.
+// would poll. If a block hangs, it never adds its columns. Thread 0 of every block with the same rank polls a
+// pair of these columns, so it reaches its limit, and the launch ends with an error.
 __device__ void Worker::wait_for_x(const long long* x_now, unsigned wanted) const {
   if (tid == 0) {
     const long long start = clock64();
@@ -1278,8 +1319,8 @@ __device__ void Worker::wait_for_x(const long long* x_now, unsigned wanted) cons
   workers_sync();  // (g)
 }
 
-// When the polled pair is complete, most other pairs are, too. Every thread still checks the 4 pairs that it
-// reads, and reads them again until all are complete.
+// When the polled pair is complete, most other pairs are complete, too. Every thread still checks the 4 pairs
+// that it reads, and reads them again until all are complete.
 __device__ void Worker::read_residual(const long long* x_now, unsigned wanted, Columns& x) {
   longlong2 words[PAIRS];
   for (unsigned lack = 1; lack;) {

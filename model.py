@@ -9,7 +9,7 @@ Symbols, here and in the kernel: C hidden size, NH heads, HS = C / NH head size,
 head, V vocabulary, L layers. F = 4 C is the width of the MLP; the kernel calls it MLP. Two symbols are of
 this file alone: B is the number of sequences in a batch, and N the number of new tokens that one call reads,
 at positions pos..pos+N-1. Every matrix is stored as rows of length C, so that one copy of the weights serves
-this file and the kernel. Two of a layer's four matrices are transposed for this while they are loaded.
+this file and the kernel. For this, two of a layer's four matrices are transposed when they are loaded.
 """
 import itertools
 import math
@@ -123,7 +123,7 @@ class Block(nn.Module):
         attn = self.attend(layer_norm(x, (C,), self.ln1_w, self.ln1_b, eps), rope, cache_kv, pos)
         hidden = linear(layer_norm(x, (C,), self.ln2_w, self.ln2_b, eps), self.w_up, self.b_up)
         mlp = linear(gelu(hidden), self.w_down.T, self.b_down)                    # [B, N, F] -> [B, N, C]
-        return x + (attn + mlp)                                                   # one rounding to x's digits
+        return x + (attn + mlp)                                         # only one sum rounds as coarsely as x
 
     def attend(self, x, rope, cache_kv, pos):
         (B, N, C), NH, HS = x.shape, self.config.n_head, self.config.head_size
@@ -278,7 +278,8 @@ class Pythia(nn.Module):
             if not torch.stack(w.aminmax()).isfinite().all():                     # aminmax passes NaN on
                 raise Refused(f"{folder} has NaN or Inf in {name}, read as {dtype}: take dtype "
                               "float32 or bfloat16, or fetch its files again")
-            if transposed:  # in place; of a mapped file, this changes private copies of its pages only
+            # Transposes in place. If the weights are a mapped file, only private copies of its pages change.
+            if transposed:
                 w = w.view(shape).copy_(w.T.contiguous())
             bar.update()
             return nn.Parameter(w, requires_grad=False)
@@ -345,14 +346,14 @@ class Sampler:
     """Chooses the next token from logits [V].
 
     `temperature` 0 takes the likeliest token. Above 0 the token is drawn from softmax(logits / temperature),
-    cut to the `top_k` likeliest tokens, and then to the fewest likeliest tokens that have the share `top_p`
-    of their probability: a token is kept if the likelier tokens have less. Of equal logits, the smaller id is
-    likelier.
+    restricted to the tokens that are kept. First, only the `top_k` likeliest tokens are kept. Of these, a
+    token stays if the tokens likelier than it have together less than `top_p` of the probability of all
+    `top_k`. Of equal logits, the smaller id is likelier.
 
     The draw is an argmax. Each token has the key logit - temperature * log(E), with an independent E ~
     Exp(1). A token has the largest key with exactly its softmax probability (the Gumbel-max trick). E depends
-    on `seed`, on the position that the token will have, and on the token alone. So the kernel draws the same
-    token wherever it computes the same logits.
+    on `seed`, on the position that the token will have, and on the token alone. So from the same logits the
+    kernel draws the same token.
     """
     temperature: float = 0.0
     top_k: int | None = None
