@@ -215,6 +215,12 @@ def device_arch(device):
     return arch
 
 
+def memory_rate(gpu):
+    """Bytes a ns that memory delivers, by the driver's properties of a GPU; an H200's where it tells none."""
+    clock, bus = getattr(gpu, "memory_clock_rate", 0), getattr(gpu, "memory_bus_width", 0)  # kHz, bits
+    return 2 * clock * bus // 8 // 10**6 or 4814  # two transfers in a cycle of the clock
+
+
 class Fused:
     """Decodes with the kernel in fused_block.cu, up to TOKENS tokens a launch.
 
@@ -237,10 +243,8 @@ class Fused:
             raise Refused(f"the fused kernel runs float16 on a CUDA GPU, not {dtype} on {device.type}: "
                           "take dtype float16 and device cuda, or leave fused out")
         arch, gpu = device_arch(device), torch.cuda.get_device_properties(device)
-        # bytes a ns: two transfers in a cycle of the clock (kHz), over a bus (bits)
-        rate = 2 * gpu.memory_clock_rate * gpu.memory_bus_width // 8 // 10**6
-        self.defines = constants(model.config, arch, **{"sms": gpu.multi_processor_count, "memory_rate": rate}
-                                 | tuning)
+        self.defines = constants(model.config, arch, **{"sms": gpu.multi_processor_count,
+                                                        "memory_rate": memory_rate(gpu)} | tuning)
         self.library = load(self.defines, arch, source)
         self.library.fused_prepare.restype = self.library.fused_launch.restype = ctypes.c_char_p
         clusters = ctypes.c_int()
