@@ -345,11 +345,16 @@ class Fused:
         """
         if first_layer not in (0, self.next_layer):
             raise Refused(f"layer {first_layer} has no input: launch layer {self.next_layer} first")
-        with torch.cuda.device(self.device), self.failures_explained():
+        with self.failures_explained():
+            self.submit(first_layer, last_layer, tokens)
+        self.next_layer = 0 if tokens else last_layer
+
+    def submit(self, first_layer, last_layer, tokens):
+        """Hands a launch to CUDA."""
+        with torch.cuda.device(self.device):
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             check(self.library.fused_launch(self.pointers, self.clusters, first_layer, last_layer,
                                             tokens, stream))
-        self.next_layer = 0 if tokens else last_layer
 
     def step(self, tokens=1):
         """Starts a launch on the current stream that makes `tokens` tokens, and does not wait for it."""

@@ -430,10 +430,9 @@ class Simulated(Fused):
         assert threads >= k.C / 2 and threads * k.KEPT >= k.V, "fused_launch would refuse"
         self.allocate(model, None, blocks)
 
-    def launch(self, first_layer, last_layer, tokens=0):
+    def submit(self, first_layer, last_layer, tokens):
         sizes = (ctypes.c_longlong * len(self.tensors))(*(t.nbytes for t in self.tensors))
         self.seed += 1
-        with self.failures_explained():
-            if not self.library.simulate(self.pointers, sizes, self.clusters, first_layer, last_layer,
-                                         tokens, self.seed):
-                raise RuntimeError("the launch did not end as it should")
+        if not self.library.simulate(self.pointers, sizes, self.clusters, first_layer, last_layer, tokens,
+                                     self.seed):
+            raise RuntimeError("the launch did not end as it should")
