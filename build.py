@@ -269,7 +269,7 @@ class Fused:
         c, device = model.config, model.embed_in.device
         cache = model.new_cache() if cache is None else cache
         self.model, self.config, self.device, self.cache = model, c, device, cache
-        self.text, self.next_layer, self.lock = 0, 0, threading.Lock()
+        self.text, self.next_layer, self.lock, self.last = 0, 0, threading.Lock(), None
         C, F, V, half = c.hidden, c.mlp, c.vocab, torch.float16
 
         def zeros(*shape, dtype=torch.float32, **kw):
@@ -318,8 +318,10 @@ class Fused:
             return self.logits.clone().view(1, 1, -1)
 
     def begin(self):
-        """Begins another text; returns its number, for `decode`."""
+        """Begins another text, behind the launches of the older one; returns its number, for `decode`."""
         with self.lock:
+            if self.last is not None:  # they may be on another stream
+                torch.cuda.current_stream(self.device).wait_event(self.last)
             self.text += 1
             return self.text
 
@@ -389,7 +391,8 @@ class Fused:
                     self.start(token, pos, sampler)
                 if at < end:
                     self.step(min(self.TOKENS, end - at))
-                    ready.append(stream.record_event())
+                    self.last = stream.record_event()
+                    ready.append(self.last)
             if at > pos:
                 self.wait(ready.popleft())
                 made = self.history[at - self.TOKENS:min(at, end)].tolist()

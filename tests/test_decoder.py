@@ -91,7 +91,10 @@ def test_two_texts(decoder):
     older = model.generate([3, 4, 5], 20, 1.0, seed=1, fused=fused)
     seen = [next(older) for _ in range(4)]
     newer = model.generate([9, 8], 20, 1.0, seed=2, fused=fused)
+    torch.cuda.current_stream().wait_event.reset_mock()
     first = next(newer)  # has read its prompt into the cache
+    waited = [call.args for call in torch.cuda.current_stream().wait_event.call_args_list]
+    report("decoder", "two texts: the newer one does not wait for the last launch", waited != [(fused.last,)])
     try:
         seen.extend(older)
         said = "no refusal"
