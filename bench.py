@@ -7,10 +7,10 @@
     python bench.py --report                                  docs/results.md, README's table and the plots
 
 A step is the user's whole token: embedding, all layers, final LayerNorm, LM head, choice of the next token;
-float16, batch 1, random weights. A sample is the mean of 16 steps back to back by CUDA events (of generate():
-one token by the clock). The tables have the median of 30 samples or more (10 of the time to the second
-token), and the 10th and 90th percentile. Fused makes 8 tokens in a launch, as Pythia.generate does; the
-baselines launch every step. Each sample of the sampled rows draws with a seed of its own.
+float16, batch 1, random weights. A sample is the mean of 16 steps back to back by CUDA events (of eager and
+transformers: one token by the clock). The tables have the median of 30 samples or more (10 of the time to the
+second token), and the 10th and 90th percentile. Fused makes 8 tokens in a launch, as Pythia.generate does;
+the baselines launch every step. Each sample of the sampled rows draws with a seed of its own.
 
 The floor of a step is the bytes that it must read (every weight once, one row of embed_in, keys and values of
 the cached tokens) over the bandwidth of the fastest of several kernels that only read, in the same run.
@@ -19,14 +19,14 @@ fused may be no further off than the float16 reference, a baseline twice as far.
 results/bench-<gpu>.json. Only --report needs matplotlib: pip install matplotlib==3.11.2
 
 baselines, each with the best of its settings:
-  eager                the reference in model.py, without reading tokens back
+  eager                Pythia.generate without fused, at text lengths that the process has not met before
   graph                a step of fixed shapes in a CUDA graph: one or two streams, two layouts of the weights
   compile              the same step under torch.compile, in a CUDA graph: default mode; and max-autotune,
                        which tunes by coordinate descent, with biases added apart, because inductor itself
                        writes only products without a bias
   compile-static       the same with a static cache of a multiple of 256 positions, masked, and the token and
                        its position on the device; also with attention written out as products and sums
-  transformers         generate() with its defaults, at text lengths that the process has not met before
+  transformers         generate() with its defaults, likewise
   transformers-static  generate() with the static cache, which compiles itself
 graph, compile and transformers are also tried without cuDNN's attention, which plans anew for each length.
 graph and compile attend to a fixed number of positions, without a mask: one graph, one position. They could
@@ -70,7 +70,7 @@ from model import SIZES, Config, Pythia, Sampler
 
 HERE = Path(__file__).resolve().parent
 STEPS, SAMPLES, WARM_UP = 16, 30, 3  # steps a sample, samples, samples thrown away
-NEW = 64                             # tokens that a timed call of transformers' generate makes
+NEW = 64                             # tokens of the text of eager and transformers that is timed
 PROMPT = 512                         # tokens before the first new one, for the time to the second
 SAMPLERS = {"greedy": Sampler(), "T 0.7, top-p 0.95": Sampler(0.7, top_p=0.95), "T 1": Sampler(1.0),
             "T 1, top-k 40": Sampler(1.0, top_k=40),
@@ -303,17 +303,6 @@ def time_fused(case, fused, sampler=SAMPLERS["greedy"], step=None, tokens=Fused.
     return {"us": us, "error": error, "note": note}
 
 
-def time_eager(case):
-    case.fill()
-    now = {}
-
-    def step():
-        logits = case.model(now["token"], case.cache, now["pos"])
-        now.update(token=logits[0].argmax(-1, keepdim=True), pos=now["pos"] + 1)
-    us = sample(step, lambda: now.update(token=case.token, pos=case.start))
-    return {"us": us, "error": case.limit}
-
-
 def plain_step(case, own_layout=False, bias_apart=False, two_streams=False, static=False, written_out=False):
     """The decode step as PyTorch operators of fixed shapes, in two functions: step() -> (logits [1, V], token
     [1]), and reset(at), which makes the case's token at position `at` the next.
@@ -451,19 +440,34 @@ def greedy(hf, prompt, new, **kwargs):
                        pad_token_id=0, **kwargs)
 
 
-def time_generate(case, **kwargs):
-    """Microseconds of each new token of generate(), in a call that makes NEW of them around `case.context`.
+def time_text(case, generate):
+    """Microseconds of each new token of a text of NEW tokens around `case.context`.
 
-    A call before it warms up, or compiles, at other lengths: a user's new text has lengths not met before.
+    `generate(prompt [1, T], new, put)` calls put() after the prompt and after each token. A text before it
+    warms up, or compiles, at other lengths: a user's new text has lengths not met before.
     """
     last, times = case.model.config.context, []                   # times: the prompt's, then each token's
     first = max(1, min(case.context - NEW // 2, last - NEW))
     other = first + NEW if first + 2 * NEW <= last else first - NEW
-    streamer = SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
     for length, new in ((other, 8), (first, NEW)):
         times.clear()
-        greedy(case.hf(), case.tokens[:, :length], new, streamer=streamer, **kwargs)
+        generate(case.tokens[:, :length], new, lambda: times.append(time.perf_counter()))
     return {"us": (np.diff(times[1:]) * 1e6).tolist()}
+
+
+def time_eager(case):
+    def generate(prompt, new, put):
+        put()
+        for _ in case.model.generate(prompt[0], new):
+            put()
+    return time_text(case, generate)
+
+
+def time_transformers(case, **kwargs):
+    def generate(prompt, new, put):
+        greedy(case.hf(), prompt, new, streamer=SimpleNamespace(put=lambda _: put(), end=lambda: None),
+               **kwargs)
+    return time_text(case, generate)
 
 
 def time_first(generate, prompt):
@@ -493,8 +497,8 @@ CAPTURED = {  # what best_of tries for each of these baselines
 PLAIN = {"eager": time_eager, **{name: functools.partial(best_of, settings, time_captured)
                                  for name, settings in CAPTURED.items()}}
 BASELINES = PLAIN | {
-    "transformers": functools.partial(best_of, CUDNN, time_generate),
-    "transformers-static": functools.partial(time_generate, cache_implementation="static")}
+    "transformers": functools.partial(best_of, CUDNN, time_transformers),
+    "transformers-static": functools.partial(time_transformers, cache_implementation="static")}
 ABLATIONS = {"as shipped": {}, **{f"clusters of {k}": {"cluster": k} for k in (1, 2, 4, 8)},
              **{f"{n} threads at least": {"threads": n} for n in (128, 256, 384, 512)},
              **{f"{n} rows a team and tile": {"rows": n} for n in (2, 4, 8)}, "no pace": {"pace": 2**20}}
@@ -621,8 +625,11 @@ def compare(name, args, results):
             results.add("step", name, context, what, time_fused, case, fused, sampler)
         for what in args.baselines:
             results.add("step", name, context, what, BASELINES[what], case)
+    prompt = torch.randint(1, config.vocab, (1, PROMPT + 12), device="cuda")
+    if "eager" in args.baselines:
+        results.add("first", name, PROMPT, "eager", time_first,
+                    lambda prompt: list(model.generate(prompt[0], 2)), prompt)
     if fused and "transformers" in args.baselines:
-        prompt = torch.randint(1, config.vocab, (1, PROMPT + 12), device="cuda")
         results.add("first", name, PROMPT, "fused", time_first,
                     lambda prompt: list(model.generate(prompt[0], 2, fused=fused)), prompt)
         results.add("first", name, PROMPT, "transformers", best_of, CUDNN, time_first,
@@ -877,11 +884,12 @@ def tables(data, images=()):
             [where, *(number(row["settings_us"].get(what, math.nan)) for what in CUDNN)]
             for where, row in both if "settings_us" in row]),
         "First tokens, memory, build": (
-            ["model", f"{PROMPT} tokens in, 2 out: fused, us", "transformers, us",
+            ["model", f"{PROMPT} tokens in, 2 out: fused, us", "eager, us", "transformers, us",
              "peak memory / (weights + cache)", "build"],
             [[model, *(cell(get(kind, model, context, what)) for kind, context, what in (
-                ("first", PROMPT, "fused"), ("first", PROMPT, "transformers"), ("memory", 0, "memory"),
-                ("build", 0, "build")))] for model in SIZES if get("memory", model, 0, "memory")]),
+                ("first", PROMPT, "fused"), ("first", PROMPT, "eager"), ("first", PROMPT, "transformers"),
+                ("memory", 0, "memory"), ("build", 0, "build")))]
+             for model in SIZES if get("memory", model, 0, "memory")]),
         "One thing changed": (
             ["us a token", *(f"{model}, {context} cached" for model, context in ablated)],
             [[what, *(cell(get("ablation", *place, what), spread=True, note=what == "as shipped")

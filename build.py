@@ -85,8 +85,7 @@ def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, atte
         threads = 384 if 512 < c.hidden < 1024 else 256
     if attention_kib is None:
         attention_kib = 6 * cluster if c.hidden <= 1024 else 0
-    if pace is None:  # small models wait for latency, not memory
-        pace = memory_rate * (2 if c.hidden < 1024 else 1)
+    pace = memory_rate if pace is None else pace
     if pace < 1:
         raise Refused(f"pace {pace} would let no copy start: take 1 byte a ns or more")
     return {"HIDDEN": c.hidden, "HEADS": c.n_head, "HEAD_SIZE": c.head_size, "ROTARY": c.rotary_dims,
@@ -417,7 +416,7 @@ class Fused:
             sync, block, layer, seen = self.failure.tolist()
             if sync == 0:
                 raise
-            name = ["", "(1)", "(2)", "(3)", "(4)", "(5)", "(F)", "(E)", "(h)", "(6)"][sync]
+            name = ["", "(1)", "(2)", "(3)", "(4)", "(5)", "(6)", "(F)", "(E)", "(h)"][sync]
             lacking = {4: f", where x lacked {seen} of its sums,",
                        5: f", where {seen} blocks had not arrived,"}.get(sync, "")
             raise RuntimeError(f"the fused kernel waited too long at sync {name}{lacking} in block {block}, "

@@ -350,10 +350,10 @@ class Sampler:
     token stays if the tokens likelier than it have together less than `top_p` of the probability of all
     `top_k`. Of equal logits, the smaller id is likelier.
 
-    The draw is an argmax. Each token has the key logit - temperature * log(E), with an independent E ~
-    Exp(1). A token has the largest key with exactly its softmax probability (the Gumbel-max trick). E depends
-    on `seed`, on the position that the token will have, and on the token alone. So from the same logits the
-    kernel draws the same token.
+    The draw is an argmax. Each token has a noisy logit, logit - temperature * log(E), with an independent E
+    ~ Exp(1). A token has the largest noisy logit with exactly its softmax probability (the Gumbel-max trick).
+    E depends on `seed`, on the position that the token will have, and on the token alone. So from the same
+    logits the kernel draws the same token.
     """
     temperature: float = 0.0
     top_k: int | None = None

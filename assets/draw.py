@@ -281,19 +281,19 @@ def sums():
 
 
 def drawing(seed=32):
-    """With top-p 0.8, the largest key of all is refused, and the next among likelier tokens is kept."""
+    """With top-p 0.8, the largest noisy logit is refused, and the largest among likelier tokens is kept."""
     tokens, top_p = ("sea", "house", "garden", "ship", "moon"), 0.8
     logits = np.array([4.0, 3.2, 2.6, 1.4, 0.5])
     mass = np.exp(logits - logits[0])
     share = mass / mass.sum()
     before = np.cumsum(share) - share  # what likelier tokens hold
-    keys = logits + Sampler(1.0, seed=seed).noise(torch.arange(5), position=7).numpy()
-    first = keys.argmax()
-    second = keys[:first].argmax()
+    noisy = logits + Sampler(1.0, seed=seed).noise(torch.arange(5), position=7).numpy()
+    first = noisy.argmax()
+    second = noisy[:first].argmax()
     assert before[first] >= top_p > before[second], "this seed does not show a refusal"
     text(20, 28, "Drawing a token is an argmax over noisy logits (temperature 1, top-p 0.8)", "big")
     for x, name in ((20, "token"), (120, "logit"), (186, "share"), (252, "likelier tokens hold"),
-                    (410, "noise"), (480, "key = logit + noise")):
+                    (410, "noise"), (480, "noisy logit = logit + noise")):
         text(x, 54, name, "small soft")
     for i, token in enumerate(tokens):
         y = 64 + 30 * i
@@ -302,14 +302,14 @@ def drawing(seed=32):
         text(186, y + 15, f"{share[i]:.0%}")
         text(252, y + 15, f"{before[i]:.0%}" + (", so it is cut" if before[i] >= top_p else ""),
              "" if before[i] < top_p else "soft")
-        text(410, y + 15, f"{keys[i] - logits[i]:+.1f}".replace("-", "−"))
+        text(410, y + 15, f"{noisy[i] - logits[i]:+.1f}".replace("-", "−"))
         kind = "axpy" if i == first else "r2" if i == second else "dot"
-        box(480, y, 32 * max(keys[i], 0.5), 20, kind + (" pale" if i > first else ""), f"{keys[i]:.1f}")
+        box(480, y, 32 * max(noisy[i], 0.5), 20, kind + (" pale" if i > first else ""), f"{noisy[i]:.1f}")
         if i in (first, second):
-            what = "largest key of all" if i == first else "largest of the likelier"
-            text(492 + 32 * keys[i], y + 15, what)
+            what = "largest of all" if i == first else "largest of the likelier"
+            text(492 + 32 * noisy[i], y + 15, what)
     y = 64 + 30 * len(tokens) + 22
-    text(20, y, f"1. All blocks agree on the largest key: “{tokens[first]}”. The likelier tokens hold "
+    text(20, y, f"1. All blocks agree on the largest noisy logit: “{tokens[first]}”. The likelier tokens hold "
                 f"{before[first]:.0%}, so top-p refuses it.")
     text(20, y + 20, f"2. They vote again, among the likelier tokens: “{tokens[second]}”. "
                      f"The tokens before it hold {before[second]:.0%}, so it is kept.")

@@ -63,7 +63,7 @@ def kernel_constants(defines):
         if "sizeof" not in condition and not evaluate(condition, k):
             raise Refused(f"the kernel has no code for these sizes: {why}")
     column, = re.findall(r"int column\(int i\) const \{ return (.*?); \}", SOURCE)
-    row, = re.findall(r"const int row = (.*?);", SOURCE)
+    row, = re.findall(r"const int my_row = (.*?);", SOURCE)
     threads, columns = np.arange(k["TEAM"])[:, None], np.arange(k["COLS"])
     k["column"] = evaluate(column, k | {"team_thread": threads, "i": columns})
     k["row"] = evaluate(row, k | {"team": np.arange(k["TEAMS"])[:, None], "lane": np.arange(k["LANES"])})
@@ -75,8 +75,8 @@ def kernel_constants(defines):
 Plan = namedtuple("Plan", "rank cluster clusters units filler first_token last_token")
 
 
-class Share(namedtuple("Share", "count dealt first_dealt blocks first_rest")):
-    """One block's share of some rows: `dealt` rows, in tiles dealt out in turn to `blocks` blocks, then a
+class Deal(namedtuple("Deal", "size dealt first_dealt blocks first_rest")):
+    """The rows that one block is dealt: `dealt` rows, in tiles dealt out in turn to `blocks` blocks, then a
     run."""
 
     def at(self, i):
@@ -85,27 +85,27 @@ class Share(namedtuple("Share", "count dealt first_dealt blocks first_rest")):
 
 
 def deal(k, first, n, index, blocks):
-    """The share of block `index` (of `blocks`) in rows first..first + n - 1."""
+    """What block `index` (of `blocks`) is dealt of rows first..first + n - 1."""
     begin, end = n * index // blocks, n * (index + 1) // blocks
     dealt = n // blocks // k.TILE_ROWS * k.TILE_ROWS
     first_rest = first + begin + dealt * (blocks - index)
-    return Share(end - begin, dealt, first + index * k.TILE_ROWS, blocks, first_rest)
+    return Deal(end - begin, dealt, first + index * k.TILE_ROWS, blocks, first_rest)
 
 
 def make_plan(k, block, blocks, position):
-    """The share of one of `blocks` thread blocks, for a token that has `position` tokens before it."""
-    rank, cluster, clusters = block % k.K, block // k.K, blocks // k.K
-    heads, busy = k.NH // clusters, k.NH % clusters * k.K
-    head_bytes = (8 * k.HS * k.C + 2 * k.KV_WEIGHT * k.HS * position) // k.K + k.ATTENTION_BYTES
+    """The plan of one of `blocks` thread blocks, for a token that has `position` tokens before it."""
+    rank, cluster, clusters = block % k.RANKS, block // k.RANKS, blocks // k.RANKS
+    heads, busy = k.NH // clusters, k.NH % clusters * k.RANKS
+    head_bytes = (8 * k.HS * k.C + 2 * k.KV_WEIGHT * k.HS * position) // k.RANKS + k.ATTENTION_BYTES
     head_grains = 64 * head_bytes // k.C
-    fair_grains = (256 * k.MLP + head_grains * k.NH * k.K) // blocks
+    fair_grains = (256 * k.MLP + head_grains * k.NH * k.RANKS) // blocks
     busy_grains = max(0, fair_grains - (heads + 1) * head_grains)
     busy_units = busy_grains * busy // 256
     units = (deal(k, 0, busy_units, block, busy) if block < busy else
              deal(k, busy_units, k.MLP - busy_units, block - busy, blocks - busy))
-    shares = 2 * (heads + (block < busy)) + 1
-    filler = ceil_div(ceil_div(units.count, shares), k.TILE_ROWS) * k.TILE_ROWS
-    tokens = ceil_div(position, k.K)
+    slices = 2 * (heads + (block < busy)) + 1
+    filler = ceil_div(ceil_div(units.size, slices), k.TILE_ROWS) * k.TILE_ROWS
+    tokens = ceil_div(position, k.RANKS)
     first_token, last_token = min(tokens * rank, position), min(tokens * (rank + 1), position)
     return Plan(rank, cluster, clusters, units, filler, first_token, last_token)
 
@@ -126,9 +126,9 @@ def producer(k, block, blocks, position, first_layer, last_layer, lm_head):
                 bias_bytes = ceil_div(row % 8 + n, 8) * 16 if biases else 0
                 yield Slot(matrix, layer, None, row + done, part, biases, part * k.C * 2 + bias_bytes)
 
-    def share_of(matrix, layer, share, done, end):
+    def rows_of(matrix, layer, dealt, done, end):
         for i in range(done, end, k.TILE_ROWS):
-            row = share.at(i)
+            row = dealt.at(i)
             for name in matrix:
                 yield from rows(name, layer, row, row + min(k.TILE_ROWS, end - i))
 
@@ -139,20 +139,20 @@ def producer(k, block, blocks, position, first_layer, last_layer, lm_head):
 
     plan, mlp = make_plan(k, block, blocks, position), ["w_up", "w_down"]
     for layer in range(first_layer, last_layer):
-        done, count = 0, plan.units.count
+        done, size = 0, plan.units.size
         for h in range(plan.cluster, k.NH, plan.clusters):
             qkv, out = h * 3 * k.HS + plan.rank * k.QKV_ROWS, h * k.HS + plan.rank * k.OUT_ROWS
             yield from rows("w_qkv", layer, qkv, qkv + k.QKV_ROWS)
-            yield from share_of(mlp, layer, plan.units, done, min(done + plan.filler, count))
-            done = min(done + plan.filler, count)
+            yield from rows_of(mlp, layer, plan.units, done, min(done + plan.filler, size))
+            done = min(done + plan.filler, size)
             yield from tokens(layer, h, plan.first_token, plan.last_token)
-            yield from share_of(mlp, layer, plan.units, done, min(done + plan.filler, count))
-            done = min(done + plan.filler, count)
+            yield from rows_of(mlp, layer, plan.units, done, min(done + plan.filler, size))
+            done = min(done + plan.filler, size)
             yield from rows("w_out", layer, out, out + k.OUT_ROWS)
-        yield from share_of(mlp, layer, plan.units, done, count)
+        yield from rows_of(mlp, layer, plan.units, done, size)
     if lm_head:
-        share = deal(k, 0, k.V, block, blocks)
-        yield from share_of(["embed_out"], -1, share, 0, share.count)
+        dealt = deal(k, 0, k.V, block, blocks)
+        yield from rows_of(["embed_out"], -1, dealt, 0, dealt.size)
 
 
 # ---- the workers -------------------------------------------------------------------------------------------
@@ -167,12 +167,12 @@ class Worker:
         self.grid, self.block, self.plan = grid, block, make_plan(k, block, grid.blocks, grid.position)
         self.ring = producer(k, block, grid.blocks, grid.position, *grid.range)
         self.qkv = np.full(3 * k.HS, np.nan)                                # (1) inbox
-        self.peer_o = np.full((k.K, k.OUT_ROWS), np.nan)                   # (2) inbox
-        self.peer_top_l = np.full((k.K, 2), np.nan)                        # (2) inbox
-        self.sums = np.full((k.K * k.TEAMS, k.OWN), np.nan)                 # (3) inbox
+        self.peer_o = np.full((k.RANKS, k.OUT_ROWS), np.nan)                   # (2) inbox
+        self.peer_peak_l = np.full((k.RANKS, 2), np.nan)                        # (2) inbox
+        self.sums = np.full((k.RANKS * k.TEAMS, k.OWN), np.nan)                 # (3) inbox
 
     def peer(self, rank):
-        return self.grid.workers[self.plan.cluster * self.k.K + rank]
+        return self.grid.workers[self.plan.cluster * self.k.RANKS + rank]
 
     def wait_full(self):
         """(F) The next slot of the ring, its biases, and how often each of its values has been used."""
@@ -249,7 +249,7 @@ class Worker:
         for i in range(0, k.QKV_ROWS, k.TILE_ROWS):
             n = min(k.TILE_ROWS, k.QKV_ROWS - i)
             value = self.dot_tile(self.xn1, n, (h * 3 * k.HS + first + i) % 8, True)
-            for r in range(k.K):
+            for r in range(k.RANKS):
                 self.peer(r).qkv[first + i:first + i + n] = value
 
     def rotate_and_append(self, layer, h):
@@ -261,16 +261,16 @@ class Worker:
         self.q = self.qkv[:k.HS] * (k.HS**-0.5 * math.log2(math.e))         # the softmax is in powers of 2
         new = torch.tensor(self.qkv[k.HS:], dtype=grid.cache.dtype).view(2, k.HS)
         self.k_new, self.v_new = new.double().numpy()
-        if self.plan.rank == k.K - 1:
+        if self.plan.rank == k.RANKS - 1:
             grid.cache[layer, :, 0, h, grid.position] = new
         self.qkv[:] = np.nan                                                # (d)
 
     def attend(self, layer, h):
-        """S5: WARPS * WARP_TOKENS groups of lanes, each with top, l, o of its tokens, a slot's at once."""
+        """S5: WARPS * WARP_TOKENS groups of lanes, each with peak, l, o of its tokens, a slot's at once."""
         k, plan = self.k, self.plan
         warp, sub = np.indices((k.WARPS, k.WARP_TOKENS))
         m, l, o = np.full(warp.shape, -1e30), np.zeros(warp.shape), np.zeros((*warp.shape, k.HS))
-        if plan.rank == k.K - 1:                                            # the new token
+        if plan.rank == k.RANKS - 1:                                            # the new token
             m[-1, 0], l[-1, 0], o[-1, 0] = self.k_new @ self.q, 1, self.v_new
             self.grid.touched["kv"][layer, h, self.grid.position] += 1
         u = np.arange(k.BATCH)[:, None, None]
@@ -281,30 +281,30 @@ class Worker:
             valid, t = t < n, np.minimum(t, n - 1)
             np.add.at(touched, t[valid], 1)
             score = np.where(valid, keys[t] @ self.q, -1e30)
-            top = np.maximum(m, score.max(0))
-            shrink, e = np.exp2(m - top), np.where(valid, np.exp2(score - top), 0)
-            m, l = top, l * shrink + e.sum(0)
+            peak = np.maximum(m, score.max(0))
+            shrink, e = np.exp2(m - peak), np.where(valid, np.exp2(score - peak), 0)
+            m, l = peak, l * shrink + e.sum(0)
             o = o * shrink[..., None] + (e[..., None] * values[t]).sum(0)
         of_warps = [merge(*of_lanes) for of_lanes in zip(m, l, o, strict=True)]
         self.push_attention(*merge(*map(np.array, zip(*of_warps, strict=True))))  # (e)
 
     def push_attention(self, m, l, o):
-        """ClusterReduce, first half: o [HS] in slices to the ranks that own them, top and l to all."""
-        for r in range(self.k.K):
+        """ClusterReduce, first half: o [HS] in slices to the ranks that own them, peak and l to all."""
+        for r in range(self.k.RANKS):
             self.peer(r).peer_o[self.plan.rank] = o[r * self.k.OUT_ROWS:(r + 1) * self.k.OUT_ROWS]
-            self.peer(r).peer_top_l[self.plan.rank] = m, l
+            self.peer(r).peer_peak_l[self.plan.rank] = m, l
 
     def out_rows(self):
         """S6, S7"""
-        _, l, o = merge(*self.peer_top_l.T, self.peer_o)
+        _, l, o = merge(*self.peer_peak_l.T, self.peer_o)
         for i in range(0, self.k.OUT_ROWS, self.k.TILE_ROWS):
             n = min(self.k.TILE_ROWS, self.k.OUT_ROWS - i)
             self.axpy_tile(o[i:i + n] / l, n)
-        self.peer_o[:], self.peer_top_l[:] = np.nan, np.nan
+        self.peer_o[:], self.peer_peak_l[:] = np.nan, np.nan
 
-    def units(self, end):
+    def hidden_units(self, end):
         """S8: from the unit at which the block stopped before up to its `end`-th."""
-        end = min(end, self.plan.units.count)
+        end = min(end, self.plan.units.size)
         for i in range(self.done, end, self.k.TILE_ROWS):
             n = min(self.k.TILE_ROWS, end - i)
             a = self.dot_tile(self.xn2, n, self.plan.units.at(i) % 8, True)
@@ -317,7 +317,7 @@ class Worker:
         k, y = self.k, np.full(self.k.C, np.nan)
         for team in range(k.TEAMS):
             y[k.column] = self.y[team]
-            for r in range(k.K):
+            for r in range(k.RANKS):
                 self.peer(r).sums[self.plan.rank * k.TEAMS + team] = y[r * k.OWN:(r + 1) * k.OWN]
 
     def add_to_residual(self, x_next):
@@ -329,9 +329,9 @@ class Worker:
     def lm_head(self, x):
         """S10: writes this block's logits, returns the best of them, packed with its token."""
         k, best = self.k, 0
-        share = deal(k, 0, k.V, self.block, self.grid.blocks)
-        for i in range(0, share.count, k.TILE_ROWS):
-            first, n = share.at(i), min(k.TILE_ROWS, share.count - i)
+        dealt = deal(k, 0, k.V, self.block, self.grid.blocks)
+        for i in range(0, dealt.size, k.TILE_ROWS):
+            first, n = dealt.at(i), min(k.TILE_ROWS, dealt.size - i)
             self.grid.logits[first:first + n] = logits = self.dot_tile(x, n, 0, False)
             best = max(best, *(pack(logit, first + i) for i, logit in enumerate(logits)))
         return best
@@ -361,9 +361,9 @@ class Emulator:
         integer that means 1 in fixed point (default: the kernel's); `tuning`: arguments of
         build.constants."""
         self.model, self.k = model, kernel_constants(constants(model.config, **tuning))
-        self.blocks, self.fixed_one = clusters * self.k.K, fixed_one or self.k.FIXED_ONE
+        self.blocks, self.fixed_one = clusters * self.k.RANKS, fixed_one or self.k.FIXED_ONE
         self.cache = model.new_cache() if cache is None else cache.clone()
-        self.residual, self.steps = np.zeros((2, self.k.C), np.int64), 0
+        self.residual, self.swaps = np.zeros((2, self.k.C), np.int64), 0
 
     def weight(self, layer, name, rows=slice(None)):
         owner = self.model if layer < 0 else self.model.blocks[layer]
@@ -379,13 +379,13 @@ class Emulator:
         q = word >> self.k.COUNT_BITS
         return np.where(np.abs(q) < self.k.FIXED_EDGE, q / self.fixed_one, np.nan)
 
-    def first_count(self, steps):
-        """What the counts of x after `steps` layers start from."""
-        return steps // 2 % 2 * self.k.LAP
+    def first_count(self, swaps):
+        """What the counts of x after `swaps` layers start from."""
+        return swaps // 2 % 2 * self.k.LAP
 
     def lacking(self, x_now):
         """0 for a word of x that is complete; else the number of additions that it lacks."""
-        return (self.blocks // self.k.K + 1 + self.first_count(self.steps) - x_now) % (1 << self.k.COUNT_BITS)
+        return (self.blocks // self.k.RANKS + 1 + self.first_count(self.swaps) - x_now) % (1 << self.k.COUNT_BITS)
 
     def carry(self, x, layer, x_next):
         """S9: what x_next needs beside the clusters' sums, for all C columns at once.
@@ -394,10 +394,10 @@ class Emulator:
         subtracts the old word instead.
         """
         sums = x + self.weight(layer, "b_out") + self.weight(layer, "b_down")
-        x_next[:] = self.to_word(sums) + self.first_count(self.steps + 1)
+        x_next[:] = self.to_word(sums) + self.first_count(self.swaps + 1)
 
     def x(self):
-        return self.from_word(self.residual[self.steps % 2])
+        return self.from_word(self.residual[self.swaps % 2])
 
     def launch(self, token, position, first_layer=0, last_layer=None, lm_head=True):
         """Layers first_layer..last_layer - 1 for `token` at `position`; if first_layer is not 0, with the x
@@ -416,13 +416,13 @@ class Emulator:
             if first_layer == 0:
                 w.x = embedding[k.column]
             else:
-                w.read_residual(self.residual[self.steps % 2])
+                w.read_residual(self.residual[self.swaps % 2])
         for layer in range(first_layer, last_layer):
-            x_next = self.residual[(self.steps + 1) % 2]
+            x_next = self.residual[(self.swaps + 1) % 2]
             self.carry(self.x() if layer else embedding, layer, x_next)
-            for first in range(0, self.blocks, k.K):
-                self.run_cluster(self.workers[first:first + k.K], layer, x_next)
-            self.steps += 1
+            for first in range(0, self.blocks, k.RANKS):
+                self.run_cluster(self.workers[first:first + k.RANKS], layer, x_next)
+            self.swaps += 1
             for w in self.workers:
                 w.read_residual(x_next)
         if lm_head:
@@ -445,15 +445,15 @@ class Emulator:
         for h in range(plan.cluster, k.NH, plan.clusters):
             for w in ranks:
                 w.qkv_rows(h)                                               # S2
-                w.units(w.done + w.plan.filler)                             # S8, while q, k, v travel
+                w.hidden_units(w.done + w.plan.filler)                             # S8, while q, k, v travel
             for w in ranks:                                                 # (1)
                 w.rotate_and_append(layer, h)                               # S3, S4
                 w.attend(layer, h)                                          # S5
-                w.units(w.done + w.plan.filler)                             # S8, while m, l, o travel
+                w.hidden_units(w.done + w.plan.filler)                             # S8, while m, l, o travel
             for w in ranks:                                                 # (2)
                 w.out_rows()                                                # S6, S7
         for w in ranks:
-            w.units(w.plan.units.count)                                     # S8
+            w.hidden_units(w.plan.units.size)                                     # S8
             w.cluster_reduce()                                              # S9
         for w in ranks:                                                     # (3)
             w.add_to_residual(x_next)
@@ -484,27 +484,27 @@ def explain(name, cluster=None, arch="sm_90a", position=128, sms=132):
     if not 0 <= position < k.CTX:
         raise Refused(f"position {position} is not in 0..{k.CTX - 1}: take one that is")
     from bench import measured_us, read_rate  # slow to import, and needed only here
-    clusters, rate = fitting_clusters(k.K, sms), read_rate("h200")
+    clusters, rate = fitting_clusters(k.RANKS, sms), read_rate("h200")
     times = measured_us("h200", config, position)
-    blocks, us = clusters * k.K, 1e6 / rate
+    blocks, us = clusters * k.RANKS, 1e6 / rate
     work = []  # of each block: heads, hidden units, KB of heads, of K/V, of units, of all
     for block in range(blocks):
         plan, kb = make_plan(k, block, blocks, position), Counter()
         for slot in producer(k, block, blocks, position, 0, 1, False):
             kb[slot.matrix] += slot.bytes / 1e3
-        heads, units = range(plan.cluster, k.NH, clusters), plan.units.count
+        heads, units = range(plan.cluster, k.NH, clusters), plan.units.size
         of_heads, of_units = kb["w_qkv"] + kb["w_out"], kb["w_up"] + kb["w_down"]
         work.append((len(heads), units, of_heads, kb["kv"], of_units, kb.total()))
     work = np.array(work)
     (layer, ends), ring = layer_bytes(config, position), k.SLOTS * k.SLOT_BYTES
     token = layer * k.L + ends
-    gather, slices = 4 * k.NH * k.K * 3 * k.HS, 4 * k.NH * k.K * (k.HS + 2 * k.K)
+    gather, slices = 4 * k.NH * k.RANKS * 3 * k.HS, 4 * k.NH * k.RANKS * (k.HS + 2 * k.RANKS)
     print(f"""\
 model     C {k.C}, NH {k.NH}, HS {k.HS}, MLP {k.MLP}, V {k.V}, L {k.L}; {position} tokens in the cache
 grid      {blocks} blocks on {sms} multiprocessors ({arch}), {k.WORKERS} threads that compute, one that copies
-clusters  {clusters} of K = {k.K} blocks; head h belongs to cluster h mod {clusters}
+clusters  {clusters} of K = {k.RANKS} blocks; head h belongs to cluster h mod {clusters}
 rank      of a head: {k.QKV_ROWS} of {3 * k.HS} rows of q, k, v
-                     {ceil_div(position, k.K)} of {position} cached tokens
+                     {ceil_div(position, k.RANKS)} of {position} cached tokens
                      {k.OUT_ROWS} of {k.HS} output rows
           of the cluster's sum: {k.OWN} of {k.C} columns
 team      {k.TEAM} threads ({k.TEAM / 32:g} warps) with {k.COLS} columns of a row each; {k.TEAMS} in a block
@@ -531,8 +531,8 @@ a head's small steps
 count as {k.ATTENTION_BYTES // 1024} KiB more, and K/V as {k.KV_WEIGHT / 2:g} times its size
 
 exchanged in a layer, KB:
-(1) q, k, v     {gather / 1e3:9.1f}   between shared memories, 1/{k.K} of it within a block
-(2) top, l, o   {slices / 1e3:9.1f}   likewise
+(1) q, k, v     {gather / 1e3:9.1f}   between shared memories, 1/{k.RANKS} of it within a block
+(2) peak, l, o  {slices / 1e3:9.1f}   likewise
 (3) y           {4 * blocks * k.TEAMS * k.C / 1e3:9.1f}   likewise
 sums of y       {8 * clusters * k.C / 1e3:9.1f}   added to x in L2 by {clusters} clusters
 (4) x           {8 * blocks * k.C / 1e3:9.1f}   read from L2 by {blocks} blocks""")

@@ -18,7 +18,8 @@ def test_explained_time(capsys):
     config = Config.from_name("pythia-1b")
     rows = json.loads((HERE / "results" / "bench-h200.json").read_text())["rows"]
     us = rows["step pythia-1b 128 greedy"]["us"]
-    for shape, words in ((config, f"{np.median(us):.1f} us a token"), (replace(config, vocab=1000), "not in")):
+    other = replace(config, vocab=1000)
+    for shape, words in ((config, f"{np.median(us):.1f} us a token"), (other, "not in")):
         emulator.explain(shape)
         line = re.search("^measured .*", capsys.readouterr().out, re.MULTILINE)[0]
         report("--explain", f"measured time of 1b with {shape.vocab} tokens: not shown", words not in line)
@@ -48,7 +49,7 @@ def test_record_is_current():
 def of_28b():
     """The kernel's constants and the blocks of an H200 for pythia-2.8b, the example of all texts."""
     k = emulator.kernel_constants(build.constants(Config.from_name("pythia-2.8b")))
-    return k, emulator.fitting_clusters(k.K, 132) * k.K
+    return k, emulator.fitting_clusters(k.RANKS, 132) * k.RANKS
 
 
 def test_table_of_one_token():
@@ -60,11 +61,11 @@ def test_table_of_one_token():
     expected = {
         "layers": k.L, "hidden size C": k.C, "heads": k.NH, "head size": k.HS,
         "hidden units of a layer": k.MLP, "vocabulary": k.V, "blocks": blocks,
-        "clusters": blocks // k.K, "workers of a block": k.WORKERS,
+        "clusters": blocks // k.RANKS, "workers of a block": k.WORKERS,
         "columns of a worker": k.COLS, "rows of a tile": k.TILE_ROWS, "slots of the ring": k.SLOTS,
         "bytes of a slot": k.SLOT_BYTES, "rows of q, k, v of a rank": k.QKV_ROWS,
         "output rows of a rank": k.OUT_ROWS, "columns that a rank adds up": k.OWN,
-        "additions to a word of x": blocks // k.K + 1, "tokens of a launch": build.Fused.TOKENS,
+        "additions to a word of x": blocks // k.RANKS + 1, "tokens of a launch": build.Fused.TOKENS,
         "MB of the matrices of a layer": f"{matrices / 1e6:.1f}", "MB of a layer": f"{layer / 1e6:.1f}",
         "MB of a token": f"{(layer * k.L + ends) / 1e6:.0f}", "MB of all rings": f"{rings / 1e6:.1f}"}
     text, table = (HERE / "docs" / "one-token.md").read_text().split("## The numbers")
@@ -88,12 +89,12 @@ def test_layer_in_time():
 
     def tile(i):
         first = plan.units.at(i)
-        return f"{first}..{first + min(k.TILE_ROWS, plan.units.count - i) - 1}"
+        return f"{first}..{first + min(k.TILE_ROWS, plan.units.size - i) - 1}"
 
     def row(matrix):
         return [i for i, slot in enumerate(slots)
                 if slot.matrix == matrix and slot.first <= unit < slot.first + slot.n]
-    tiles = [tile(i) for i in range(0, plan.units.count, k.TILE_ROWS)]
+    tiles = [tile(i) for i in range(0, plan.units.size, k.TILE_ROWS)]
     (up,), (down,) = row("w_up"), row("w_down")
     copied, of_qkv = slots[up], sum(slot.matrix == "w_qkv" for slot in slots)
     lane = unit - (copied.first - copied.first % k.TILE_ROWS)
@@ -102,7 +103,7 @@ def test_layer_in_time():
     kb = sum(slot.bytes for slot in slots) / 1e3
     rank0, bias_bytes = block - plan.rank, copied.bytes - copied.n * k.C * 2
     expected = [
-        f"block {block} through", f"rank {plan.rank} of cluster {plan.cluster}",
+        f"thread 0 of block {block}", f"rank {plan.rank} of cluster {plan.cluster}",
         f"rows {qkv}..{qkv + k.QKV_ROWS - 1}: head {plan.cluster}", f"S8: units {tiles[0]}, {tiles[1]}; (1)",
         f"S8: units {tiles[2]}, {tiles[3]}; (2)",
         f"output rows {out}..{out + k.OUT_ROWS - 1}; S8: units {tiles[4]}",
@@ -115,7 +116,7 @@ def test_layer_in_time():
         f"dots[{lane}]", f"lanes {lane}, {lane + 8}, {lane + 16} and {lane + 24}. Lane {lane} writes",
         f"bias[{up % k.SLOTS}][{copied.first % 8 + unit - copied.first}]",
         f"{k.WARPS * k.LANES // k.ROWS} threads have h_{unit}", f"arrives in slot {down % k.SLOTS}",
-        f"other {plan.units.count - 1} units and its {k.OUT_ROWS} output rows",
+        f"other {plan.units.size - 1} units and its {k.OUT_ROWS} output rows",
         f"which is block {rank0}: sums[{plan.rank}]",
         f"block {blocks - 1} is the carrier of column 0", f"After {plan.clusters} clusters"]
     missing = [words for words in expected if words not in chapter]

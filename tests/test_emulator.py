@@ -82,8 +82,8 @@ def test_emulator(name, positions):
             token = int(torch.randint(V, (), generator=rng))
 
             # one addition of x, and all that a word then lacks
-            grid.residual[grid.steps % 2] = grid.to_word(x.numpy())
-            grid.residual[grid.steps % 2] += grid.lacking(grid.residual[grid.steps % 2])
+            grid.residual[grid.swaps % 2] = grid.to_word(x.numpy())
+            grid.residual[grid.swaps % 2] += grid.lacking(grid.residual[grid.swaps % 2])
             grid.launch(token, position, 1, 2, lm_head=False)
             rope = model.rope[:, position:position + 1]
             truth = model.blocks[1](x.view(1, 1, C), rope, cache[1], position)[0, 0].numpy()
@@ -117,7 +117,7 @@ def test_constants_and_plan(tmp_path):
     """Every constant (as fp32) and every block's plan: as a C++ compiler and the emulator understand them."""
     sizes = "\n".join(re.findall(r"^(?:__host__ __device__ )?constexpr .*", SOURCE, re.MULTILINE))
     plan = "".join(re.search(code, SOURCE, re.MULTILINE | re.DOTALL)[0] for code in (
-        r"^struct Share \{.*?^\};", r"^struct Plan \{.*?^\};", r"^[^\n]*Share deal\(.*?^\}",
+        r"^  struct Deal \{.*?^  \};", r"^  struct Plan \{.*?^  \};", r"^[^\n]*Deal deal\(.*?^\}",
         r"^[^\n]*Plan make_plan\(.*?^\}"))
     names = re.findall(r"\b(\w+) = ", "".join(re.findall(r"constexpr (?:int|float|long long) [^;]*;", sizes)))
     variants = [build.constants(Config.from_name(name), cluster=n) for name in SIZES for n in CLUSTERS]
@@ -139,10 +139,10 @@ def test_constants_and_plan(tmp_path):
         k, function = kernel_constants(defines), getattr(library, f"plan_{n}")
         values = (ctypes.c_double * len(names)).in_dll(library, f"sizes_{n}")
         wrong_sizes += (np.float32([getattr(k, name) for name in names]) != np.float32(values)).sum()
-        for clusters in (1, 3, emulator.fitting_clusters(k.K, 132)):
+        for clusters in (1, 3, emulator.fitting_clusters(k.RANKS, 132)):
             for position in EMULATED_POSITIONS:
-                for block in range(clusters * k.K):
-                    args = block, clusters * k.K, position
+                for block in range(clusters * k.RANKS):
+                    args = block, clusters * k.RANKS, position
                     ours = [n for part in emulator.make_plan(k, *args) for n in np.atleast_1d(part)]
                     theirs = (ctypes.c_int * len(ours))()
                     function(*args, theirs)
