@@ -123,7 +123,7 @@ class Block(nn.Module):
         attn = self.attend(layer_norm(x, (C,), self.ln1_w, self.ln1_b, eps), rope, cache_kv, pos)
         hidden = linear(layer_norm(x, (C,), self.ln2_w, self.ln2_b, eps), self.w_up, self.b_up)
         mlp = linear(gelu(hidden), self.w_down.T, self.b_down)                    # [B, N, F] -> [B, N, C]
-        return x + (attn + mlp)                                         # only one sum rounds as coarsely as x
+        return x + (attn + mlp)                   # x is the largest, so only one sum rounds to x's precision
 
     def attend(self, x, rope, cache_kv, pos):
         (B, N, C), NH, HS = x.shape, self.config.n_head, self.config.head_size
@@ -278,7 +278,7 @@ class Pythia(nn.Module):
             if not torch.stack(w.aminmax()).isfinite().all():                     # aminmax passes NaN on
                 raise Refused(f"{folder} has NaN or Inf in {name}, read as {dtype}: take dtype "
                               "float32 or bfloat16, or fetch its files again")
-            # Transposes in place. If the weights are a mapped file, only private copies of its pages change.
+            # Transposes in place. A file that is mapped into memory does not change.
             if transposed:
                 w = w.view(shape).copy_(w.T.contiguous())
             bar.update()
@@ -402,7 +402,7 @@ class Sampler:
         ranked, order = ranked[:self.top_k], order[:self.top_k]
         if self.top_p is not None and self.top_p < 1:
             mass = (((ranked - ranked[0]) / self.temperature).exp() * 2.0**30).long()
-            limit = math.ceil(self.top_p * float(mass.sum()))                     # of the mass before a token
+            limit = math.ceil(self.top_p * float(mass.sum()))        # a token stays if the mass before it is less
             order = order[mass.cumsum(0) - mass < limit]
         return order.sort().values
 

@@ -502,7 +502,7 @@ def explain(name, cluster=None, arch="sm_90a", position=128, sms=132):
     print(f"""\
 model     C {k.C}, NH {k.NH}, HS {k.HS}, MLP {k.MLP}, V {k.V}, L {k.L}; {position} tokens in the cache
 grid      {blocks} blocks on {sms} multiprocessors ({arch}), {k.WORKERS} threads that compute, one that copies
-clusters  {clusters} of K = {k.RANKS} blocks; head h belongs to cluster h mod {clusters}
+clusters  {clusters} of {k.RANKS} blocks each; head h belongs to cluster h mod {clusters}
 rank      of a head: {k.QKV_ROWS} of {3 * k.HS} rows of q, k, v
                      {ceil_div(position, k.RANKS)} of {position} cached tokens
                      {k.OUT_ROWS} of {k.HS} output rows
