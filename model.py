@@ -402,7 +402,7 @@ class Sampler:
         ranked, order = ranked[:self.top_k], order[:self.top_k]
         if self.top_p is not None and self.top_p < 1:
             mass = (((ranked - ranked[0]) / self.temperature).exp() * 2.0**30).long()
-            limit = math.ceil(self.top_p * float(mass.sum()))      # a token stays if the mass before it is less
+            limit = math.ceil(self.top_p * float(mass.sum()))  # a token stays if the mass before it is less
             order = order[mass.cumsum(0) - mass < limit]
         return order.sort().values
 
