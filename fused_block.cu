@@ -1400,8 +1400,9 @@ __device__ void Worker::lm_head(const Columns& in, int position) {
 // token. Vote n is complete when the counter has reached n * blocks. The sign of the difference tells this,
 // even after an overflow.
 //
-// The maxima have to be 0 before a vote. Three pairs of them take turns. In each vote, block 0 clears the
-// pair of the next vote, which all blocks have read for the last time before they arrived at the vote before.
+// The maxima have to be 0 before a vote. Three pairs of them take turns. Before block 0 arrives at a vote, it
+// clears the pair for the next vote. No block still reads that pair, because it was used two votes ago, and
+// every block has read it before arriving at the last vote.
 __device__ void Worker::vote(unsigned long long bound) {
   if (blockIdx.x == 0 && tid == 0) m.state->maxima[(s.votes + 1) % 3] = {0, 0};
 
@@ -1479,7 +1480,7 @@ __device__ ulonglong2 Worker::tally(float largest, unsigned long long bound, boo
     for (unsigned lack; (lack = lacking(now = load_relaxed(words), wanted));)  // (6)
       if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_TALLY, s.layer, lack);
     s.grid_pair = {(unsigned long long)(now.x - old.x) >> COUNT_BITS,
-                (unsigned long long)(now.y - old.y) >> COUNT_BITS};
+                   (unsigned long long)(now.y - old.y) >> COUNT_BITS};
     old = now;
   }
   workers_sync();  // (g)
@@ -1583,8 +1584,8 @@ __device__ __noinline__ Plan make_plan(int block, int blocks, int position) {
   p.rank = block % RANKS; p.cluster = block / RANKS; p.clusters = blocks / RANKS;
   const int heads = NH / p.clusters, busy = NH % p.clusters * RANKS;  // the first `busy` blocks have one more
 
-  // Solve the equation in *grains*: 1 / 256 of a hidden unit, or C / 64 bytes. So 32 bits are enough for all
-  // numbers. Division of 64 bits is slow on a GPU.
+  // Solve the equations: r = (MLP + B * E) / blocks, and u = r - E. Numbers are in *grains*, 1 / 256 of a
+  // hidden unit or C / 64 bytes, so that integers of 32 bits are enough. head_grains is E, fair_grains is r.
   const int head_bytes = (8 * HS * C + 2 * KV_WEIGHT * HS * position) / RANKS + ATTENTION_BYTES;
   const int head_grains = 64 * head_bytes / C, fair_grains = (256 * MLP + head_grains * NH * RANKS) / blocks;
   const int busy_grains = max(fair_grains - (heads + 1) * head_grains, 0);  // u, in grains
