@@ -871,7 +871,8 @@ __device__ void Worker::cluster_gather(float* place, float value, bool valid, ui
 //   bytes   3 * HS * C * 2 / RANKS, 614 KB
 //   syncs   (F) (E) for each half tile; (c) for each tile; (1) later, after some hidden units
 __device__ void Worker::qkv_rows(const Columns& xn1, int head) {
-  // Expect q, k and v from all ranks: 960 bytes.
+  // Expect q, k and v from all ranks: 960 bytes. Some may land before this call. The phase cannot end before
+  // it, because it also needs this arrival.
   if (tid == 0) barrier_expect(&s.qkv_ready, sizeof(s.qkv));  // (1)
 
   // Compute 8 rows at a time, and push each to all ranks.
@@ -1313,15 +1314,9 @@ __device__ void Worker::read_embedding(int token, Columns& x) const {
 // noise, and the one with the largest noisy logit wins: it is a draw from the kept tokens. With top_p = 0.95,
 // the first candidate is kept with a probability of 0.95 or more.
 //
-// With both, top_p is a share of the probability of the top_k likeliest tokens. For example, top_k = 3 and
-// top_p = 0.7:
-//     token                           A       B       C       D       E
-//     probability                     40 %    25 %    20 %    10 %    5 %
-//     how many tokens are likelier    0       1       2       3       4       top-k keeps A, B and C: 85 %
-//     probability of the likelier     0 %     40 %    65 %    85 %    95 %    top-p keeps those below 59.5 %
-// The limit is 0.7 * 85 % = 59.5 %, so A and B are kept. The test needs the 85 % first. The grid finds it by
-// bisection: it tallies the tokens above a boundary, and moves the boundary until exactly 3 tokens are above
-// it.
+// With both, top_p is a share of the probability of the top_k likeliest tokens, so the test needs this
+// probability first. The grid finds it by bisection: it tallies the tokens above a boundary, and moves the
+// boundary until exactly top_k tokens are above it.
 
 __device__ void arrive_release(unsigned* counter);               // adds 1 to a counter in global memory
 __device__ unsigned load_acquire(const unsigned* counter);
