@@ -41,9 +41,10 @@
 //     keys and values of T tokens: 4*C*T bytes      1.31 MB / 4.62 TB/s =    0.3 us a layer
 //     L layers, 2*V*C bytes of the LM head, biases 5.335 GB / 4.62 TB/s = 1154   us a token: the floor
 // The 4.62 TB/s are measured: of several kernels that only read, the fastest reads this H200's memory at this
-// rate. The kernel below takes 1231 us for a token, 7 % above the floor. A version without GELU and without
-// sums across threads gives wrong results, but takes the same time within 0.3 %. So faster arithmetic would
-// gain nothing. One goal explains nearly everything in this file: memory must never sit idle.
+// rate. The kernel below takes 1231 us for a token, 7 % above the floor. Arithmetic is not the limit. A
+// weight, 2 bytes, is used for one multiplication and one addition, and the GPU can do many times more while
+// memory delivers 2 bytes. Even without GELU and without the sums across threads, a token takes the same time
+// within 0.3 %. One goal explains nearly everything in this file: memory must never sit idle.
 //
 // How to read. Chapters 1 to 3 are the algorithm. Chapters 4 to 9 each solve one problem that the layer loop
 // of chapter 3 leaves open. Chapter 10 divides the work among the blocks, and chapter 11 follows one layer
@@ -607,8 +608,8 @@ __device__ void Worker::axpy_tile(float a, int n) {
 //   1. An mbarrier goes through phases 0, 1, 2, ... A phase ends when as many arrivals have come as
 //      barrier_init was given, and all bytes that were announced have landed. barrier_arrive is an arrival.
 //      barrier_expect is an arrival that also announces the bytes of a copy.
-//   2. The *parity* of a phase is its number modulo 2. barrier_open(b, parity) is true until the phase with
-//      this parity has ended. After each wait, a thread flips the parity that it waits for.
+//   2. The *parity* of a phase is its number modulo 2. barrier_open(b, parity) is true while the current phase
+//      has this parity. So a thread waits until it is false, and flips the parity for its next wait.
 //   3. A thread that has seen a phase end can read all that was written before the phase's arrivals, and all
 //      bytes that were announced.
 //
@@ -620,8 +621,9 @@ __device__ void Worker::axpy_tile(float a, int n) {
 //     producer   empty, parity 0 (phase 0)   announces and copies rows B               phase 1 of full
 //     workers    full, parity 1 (phase 1)    read rows B; each warp arrives at empty   phase 1 of empty
 //
-// One bit for a phase is enough, because phase 1 of full cannot end before all warps have seen the end of
-// phase 0: only then does the slot become empty for rows B. The same holds for empty.
+// Why is one bit enough? A thread that missed the end of a phase until the next one has ended, too, would
+// wait for ever. But phase 1 of full cannot end before all warps have seen the end of phase 0, because only
+// then does the slot become empty for rows B. The same holds for empty.
 
 __device__ void barrier_init(uint64_t* b, int arrivals);
 __device__ void barrier_arrive(uint64_t* b);
@@ -663,8 +665,8 @@ struct Producer {  // one thread of each block
   unsigned long long earliest_ns = 0;    // no copy may start before this time
 
   // Waits until the next slot is empty and until it is time for the copy (keep_pace, chapter 15). Then
-  // announces the copy's bytes. In the first trip (E) passes at once: the producer waits for parity 1, which
-  // in a new mbarrier counts as ended.
+  // announces the copy's bytes. In the first trip (E) passes at once, because the producer waits until the
+  // current phase, phase 0, does not have parity 1.
   __device__ void claim(uint32_t bytes) {
     wait(m, s, &s.empty[ring.slot], ring.parity ^ 1, SYNC_EMPTY);  // (E)
     keep_pace(bytes);
@@ -725,7 +727,8 @@ struct Producer {  // one thread of each block
         copy_units(w, plan.units, done, min(done + plan.filler, plan.units.size));  // S8
 
         // Only copies of keys and values depend on earlier tokens. Before the first of them, wait until the
-        // workers have finished the previous token: (h).
+        // workers have finished the previous token: (h). Blocks without a head copy no keys and need not
+        // wait.
         if (!is_first_token && layer == 0 && head == plan.cluster) {
           wait(m, s, &s.token_ready, token_parity, SYNC_TOKEN);           // (h)
           token_parity ^= 1;
@@ -768,8 +771,8 @@ __device__ Norms Worker::load_norms(int layer) const {
 //   syncs   (b) makes every warp wait for warp_stats of all warps. There is always another sync of the block
 //           before they are written again
 // E[x^2] - E[x]^2 would subtract two large numbers where the mean is large. So each thread takes the mean of
-// its 8 values, and the squared distances from it. Two groups a and b of n values are merged exactly (Chan,
-// Golub, LeVeque 1979), first lanes, then warps:
+// its 8 values, and `squares`, the sum of squared distances from this mean. Two groups a and b of n values
+// are merged exactly (Chan, Golub, LeVeque 1979), first lanes, then warps:
 //     mean    = (mean_a + mean_b) / 2
 //     squares = squares_a + squares_b + (mean_a - mean_b)^2 * n / 2
 constexpr float LN_EPS = 1e-5f;
@@ -930,8 +933,9 @@ __device__ void Worker::rotate_and_append(int layer, int head, int position) con
 //   3. The GPU computes 2^x in one instruction, but not e^x. So S3 has multiplied q by log2(e).
 //
 //   math    score_t = dot(q, k_t); then peak, l, o of this rank's tokens
-//   who     rank r: tokens first_token .. last_token - 1; the last rank also the new token. In a warp, 16
-//           lanes share a token: 10 of them have 8 of the 80 dimensions each
+//   who     rank r: tokens first_token .. last_token - 1. The new token goes to the last rank, which never has
+//           more cached tokens than the others. In a warp, 16 lanes share a token: 10 of them have 8 of the
+//           80 dimensions each
 //   bytes   4 * HS * T / RANKS, 20 KB; with T = 2048, 328 KB, which takes 9.4 us
 //   syncs   (F) (E) for each slot; (e) makes push_attention wait for the results of all warps; (2) later
 constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // lanes for a token [16]
@@ -1169,8 +1173,8 @@ __device__ long long* Worker::buffer(unsigned swaps) const { return m.residual +
 //   bytes   8 * C for the whole grid, 20 KB to L2
 //   syncs   none
 // own_now holds this thread's two words of x_now, as read in this layer. own_next holds those of x_next, as
-// read one layer ago, when that buffer was x_now. Differences are unsigned, because signed overflow is
-// undefined in C++.
+// read one layer ago, when that buffer was x_now. Subtracting this whole old word cancels its value and its
+// count. Differences are unsigned, because signed overflow is undefined in C++.
 __device__ void Worker::carry(int layer, int token, long long* x_next, unsigned swaps) const {
   const int c = 2 * carried;
   if (c >= C) return;
@@ -1310,9 +1314,10 @@ __device__ void Worker::read_embedding(int token, Columns& x) const {
 //     (6)  tally    count the tokens that are likelier than the candidate, and add up their probability
 //          A kept candidate is the next token. Otherwise, the next round is among the tokens that are
 //          likelier than the candidate
-// Every kept token is likelier than a refused candidate. So all kept tokens stay in the vote, with the same
-// noise, and the one with the largest noisy logit wins: it is a draw from the kept tokens. With top_p = 0.95,
-// the first candidate is kept with a probability of 0.95 or more.
+// The kept tokens are the likeliest ones, without gaps, so each of them is likelier than a refused candidate.
+// So all kept tokens stay in the vote, with the same noise, and the one with the largest noisy logit wins: it
+// is a draw from the kept tokens. With top_p = 0.95, the first candidate is kept with a probability of 0.95
+// or more.
 //
 // With both, top_p is a share of the probability of the top_k likeliest tokens, so the test needs this
 // probability first. The grid finds it by bisection: it tallies the tokens above a boundary, and moves the
@@ -1386,7 +1391,8 @@ __device__ void Worker::lm_head(const Columns& in, int position) {
 
 // (5) VOTE
 //   math    s.grid_pair = {largest packed logit, largest packed noisy logit}, over the tokens whose packed
-//           logit is above `bound`. With top-k or top-p, also s.candidate_logit, the winner's logit
+//           logit is above `bound`. The first is for choose(): it may be NaN, and it is the unit of
+//           probabilities. With top-k or top-p, also s.candidate_logit, the winner's logit
 //   who     maxima are taken in each thread, in each warp, in the block by thread 0, and in the grid by L2
 //   syncs   (f) thread 0 waits for all warps; (5); (g) all threads wait for thread 0
 // A word of x counts additions, but a maximum cannot, so a separate counter counts the blocks. Thread 0 gives
