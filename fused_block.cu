@@ -608,8 +608,8 @@ __device__ void Worker::axpy_tile(float a, int n) {
 //   1. An mbarrier goes through phases 0, 1, 2, ... A phase ends when as many arrivals have come as
 //      barrier_init was given, and all bytes that were announced have landed. barrier_arrive is an arrival.
 //      barrier_expect is an arrival that also announces the bytes of a copy.
-//   2. The *parity* of a phase is its number modulo 2. barrier_open(b, parity) is true while the current phase
-//      has this parity. So a thread waits until it is false, and flips the parity for its next wait.
+//   2. The *parity* of a phase is its number modulo 2. barrier_open(b, parity) is true while the current
+//      phase has this parity. So a thread waits until it is false, and flips the parity for its next wait.
 //   3. A thread that has seen a phase end can read all that was written before the phase's arrivals, and all
 //      bytes that were announced.
 //
@@ -933,9 +933,9 @@ __device__ void Worker::rotate_and_append(int layer, int head, int position) con
 //   3. The GPU computes 2^x in one instruction, but not e^x. So S3 has multiplied q by log2(e).
 //
 //   math    score_t = dot(q, k_t); then peak, l, o of this rank's tokens
-//   who     rank r: tokens first_token .. last_token - 1. The new token goes to the last rank, which never has
-//           more cached tokens than the others. In a warp, 16 lanes share a token: 10 of them have 8 of the
-//           80 dimensions each
+//   who     rank r: tokens first_token .. last_token - 1. The new token goes to the last rank, which never
+//           has more cached tokens than the others. In a warp, 16 lanes share a token: 10 of them have 8 of
+//           the 80 dimensions each
 //   bytes   4 * HS * T / RANKS, 20 KB; with T = 2048, 328 KB, which takes 9.4 us
 //   syncs   (F) (E) for each slot; (e) makes push_attention wait for the results of all warps; (2) later
 constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // lanes for a token [16]
