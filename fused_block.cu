@@ -29,7 +29,8 @@
 //     MLP      hidden units of a layer                                       10240
 //     V        tokens in the vocabulary                                      50304
 //     L        layers                                                        32
-//     T        tokens in the cache, and so the position of the new token     128 in all examples
+//     T        tokens in the cache before this step, and the position of     128 in all examples
+//              the token that the step reads
 //
 // A *layer* is what papers call a transformer block. In this file a *block* is CUDA's: a group of threads
 // (chapter 2). The text explains pythia-2.8b on an H200. Chapter 13 says what is different in the other nine
@@ -55,7 +56,8 @@
 // (6). Syncs inside a block have letters. Chapter 12 lists all of them.
 //
 // Times are microseconds (us) for one token of 2.8b, unless a sentence says otherwise. GPUs and versions of
-// the kernel differ, so compare times only within a sentence.
+// the kernel differ, so compare times only within a sentence. Many per cents, and the times in chapters 8 and
+// 17, are of changes to older versions (docs/what-did-not-help.md).
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -161,18 +163,18 @@ struct Worker {
   // With new_tokens = 0, for tests, no token is chosen.
   //
   // x is in global memory, in two buffers. A layer reads x_now, and all clusters add to x_next. Then the two
-  // swap roles. x_next is never cleared: it still holds an older x, which one of the additions subtracts
-  // (chapter 8). `swaps` counts swaps over all launches, and its last bit says which buffer is x_now. `plan`
-  // says what this block does for the token. mark() is a stopwatch and tap() a probe for tests: both compile
-  // to nothing.
+  // swap roles. Within a launch, x_next is never cleared: it still holds an older x, which one of the
+  // additions subtracts (chapter 8). `swaps` counts swaps over all launches, and its last bit says which
+  // buffer is x_now. `plan` says what this block does for the token. mark() is a stopwatch and tap() a probe
+  // for tests: both compile to nothing.
   __device__ void run(int first_layer, int last_layer, int new_tokens,
                       int token, int position, int end, unsigned swaps) {
     Columns x, xn1, xn2;  // this thread's columns, in registers
     long long *x_now = buffer(swaps), *x_next = buffer(swaps + 1);
 
     for (int layer = first_layer; position < end;) {
-      // S0. In layer 0, x is the token's row of embed_in. In later layers, wait until every cluster of the
-      // grid has added to x, (4), and read it.
+      // S0. In layer 0, x is the token's row of embed_in. In later layers, wait at (4) until every cluster of
+      // the grid has added to x. Then read x.
       read_x(layer, token, x_now, swaps, x);
       if (layer == last_layer && new_tokens == 0) break;  // a launch that makes no token ends here
 
@@ -188,7 +190,8 @@ struct Worker {
         continue;
       }
 
-      // S9, first part. Some threads, the *carriers*, add x and the output biases to x_next. They need no y.
+      // S9, first part. Some threads, the *carriers*, add x and the output biases to x_next. This can happen
+      // now, because it does not need y.
       carry(layer, token, x_next, swaps);
 
       // S1. Apply the gain and bias of LayerNorm 2, for the hidden units.
@@ -233,7 +236,8 @@ struct Worker {
       // Start to load the gains and biases of the next layer, which do not depend on x.
       norms = load_norms(layer + 1); mark(MARK_ADDED, layer);
 
-      // Swap the buffers. own_now and own_next are the words of both that a carrier has read.
+      // Swap the buffers. own_now and own_next, which swap with them, are what a carrier has read from the
+      // two buffers: chapter 8.
       long long* const x_last = x_now;
       x_now = x_next, x_next = x_last, own_next = own_now, swaps++, layer++;
     }
@@ -726,9 +730,9 @@ struct Producer {  // one thread of each block
         copy_rows(w.w_qkv, w.b_qkv, qkv, qkv + QKV_ROWS);                      // S2
         copy_units(w, plan.units, done, min(done + plan.filler, plan.units.size));  // S8
 
-        // Only copies of keys and values depend on earlier tokens. Before the first of them, wait until the
-        // workers have finished the previous token: (h). Blocks without a head copy no keys and need not
-        // wait.
+        // Copies of keys and values, and no other copies, depend on earlier tokens. Before the first of them,
+        // wait until the workers have finished the previous token: (h). Blocks without a head copy no keys
+        // and need not wait.
         if (!is_first_token && layer == 0 && head == plan.cluster) {
           wait(m, s, &s.token_ready, token_parity, SYNC_TOKEN);           // (h)
           token_parity ^= 1;
@@ -1137,7 +1141,7 @@ __device__ unsigned lacking(const longlong2& words, unsigned wanted) {
   return ((wanted - (unsigned)words.x) | (wanted - (unsigned)words.y)) % (1 << COUNT_BITS);
 }
 
-// No buffer is cleared. There are two, which alternate:
+// Within a launch, no buffer is cleared. There are two, which alternate:
 //
 //                    buffer 0                             buffer 1
 //     layer l        holds x, which blocks read           holds an older x; blocks add to it
@@ -1510,8 +1514,9 @@ __device__ int Worker::choose() {
     bound = pack(s.candidate_logit, token);
 
     // Tally the tokens that are likelier than the candidate. tallied.x is their probability. tallied.y is
-    // their number if there is a top-k, else the probability of all tokens. If both are set, first find
-    // `mass`, the probability of the top_k likeliest, by bisection between the packed logits low and high.
+    // their number if there is a top-k, else the probability of all tokens. If top-k and top-p are both set,
+    // first find `mass`, the probability of the top_k likeliest, by bisection between the packed logits low
+    // and high.
     ulonglong2 tallied;
     while (true) {
       const unsigned long long middle = low + (high - low) / 2;
@@ -1619,8 +1624,8 @@ __device__ void Worker::prepare(int position) const {  // for the token at `posi
   load_rope(m, s, position, WORKERS);
 }
 
-// Copies the rows of the layers and of the LM head for each token, even before that token is chosen: only the
-// row of embed_in depends on the token, and the workers read that row themselves.
+// Copies the rows of the layers and of the LM head for each token. The choice of the token does not change
+// which rows are copied. It changes only the row of embed_in, and the workers read that row themselves.
 __device__ void Producer::run(int first_layer, int last_layer, int first, int end, bool with_lm_head) {
   for (int position = first; position < end; position++) {
     const Plan plan = make_plan(blockIdx.x, gridDim.x, position);
@@ -1713,9 +1718,9 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 //  a layer                                                                  1198   34.2  36.8
 //
 // S2 takes less than its bytes need, because the ring is full when S2 begins. In all, a layer takes 2.6 us
-// longer than its bytes need. Nearly all of this is lost between two layers, in S9, (4), S0 and S1. There the
-// workers free no slot for 6.5 us, but the ring fills in 5.9 us, so memory pauses for 0.6 us. The rest of the
-// loss is not explained.
+// longer than its bytes need. Nearly all of this is lost between two layers, in S9, (4), S0 and S1. Only 0.6
+// us of it are explained: the workers free no slot for 6.5 us, but the ring fills in 5.9 us, and then memory
+// pauses.
 //
 // Follow one number: hidden unit 602 of block 11, in layer 0 of a launch's first token.
 //  1. Its up row lies in global memory: w_up + 602 * C, 5120 bytes.
@@ -1816,7 +1821,7 @@ fused_block(const __grid_constant__ Model m, const int first_layer, const int la
 // that neighbouring threads read neighbouring pieces. ROWS is 4, so that a slot does not grow.
 //
 // Clusters of 1, 4 and 8 change only the shares: QKV_ROWS, OUT_ROWS, OWN and the number of tokens. With more
-// heads than clusters, the loop over h runs several times, and the first blocks get one head more.
+// heads than clusters, the loop over heads runs several times, and the first blocks get one head more.
 //
 // The compiler checks what the code takes for granted:
 static_assert(C % 128 == 0, "a row is dealt out to half-warps, 16 bytes a lane: C must be a multiple of 128");
@@ -1872,10 +1877,9 @@ __device__ __noinline__ float log_exponential(unsigned long long seed, uint32_t 
 // of its bus, 4814 bytes a ns on an H200. Without a pace, a token takes 1245 us instead of 1225, and one of
 // pythia-160m 83.7 instead of 81.9.
 //
-// A producer that has fallen behind may not catch up. If it may catch up 0.3 us, a token takes 0.2 % longer.
-// But global_ns() advances only every 32 ns, so a wait may end up to 32 ns late, and keep_pace() forgives
-// these CLOCK_NS. A wait of more than 1 ms can only mean that the clock was set back.
-
+// A producer that has fallen behind is not allowed to catch up. If it may catch up by 0.3 us, a token takes
+// 0.2 % longer. But global_ns() advances only every 32 ns, so a wait may end up to 32 ns late, and
+// keep_pace() forgives these CLOCK_NS. A wait of more than 1 ms can only mean that the clock was set back.
 constexpr int CLOCK_NS = 32;  // step of global_ns, the clock that all blocks share
 __device__ unsigned long long global_ns();
 
@@ -1886,13 +1890,14 @@ __device__ void Producer::keep_pace(uint32_t bytes) {
 }
 
 // 16. Patience ============================================================================================
-// A wait that never ends would hang the host, too. So waits at (1) to (6) have a limit of 3 s. Those of the
-// producer have 6 s, so that a worker, which is closer to the cause, reports first. The first thread that
-// reaches its limit writes a report to host memory: a SyncId, its block, the layer, and a number. At (5) this
-// is the number of blocks that have not voted, at (4) and (6) the number of additions that a word lacks,
-// elsewhere the parity. Then it executes a trap, which ends the launch and all of the process's work on the
-// GPU, and the host turns the report into an error. If workers hang at (F), the producer, which waits for
-// them before it exits, reports (F).
+// A wait that never ends would hang the host, too. So workers wait at (1) to (6) for 3 s at most, and the
+// producer waits for 6 s at most, so that a worker, which is closer to the cause, reports first. The first
+// thread that reaches its limit writes a report to host memory: a SyncId, its block, the layer, and a number.
+// At (5) this is the number of blocks that have not voted, at (4) and (6) the number of additions that a word
+// lacks, elsewhere the parity. Then the thread executes a *trap*, an instruction that ends the launch and all
+// of the process's work on the GPU, and the host turns the report into an error. Two waits of workers have no
+// limit: (F), and the second part of (4), where all threads read x. If workers hang there, the producer
+// reports, which waits for them.
 
 // __noinline__ keeps this rare code out of the loops.
 __device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int seen) {
