@@ -42,7 +42,7 @@
 //     keys and values of T tokens: 4*C*T bytes      1.31 MB / 4.62 TB/s =    0.3 us a layer
 //     L layers, 2*V*C bytes of the LM head, biases 5.335 GB / 4.62 TB/s = 1154   us a token: the floor
 // The 4.62 TB/s are measured: of several kernels that only read, the fastest reads this H200's memory at this
-// rate. The kernel below takes 1231 us for a token, 7 % above the floor. Arithmetic is not the limit. A
+// rate. The kernel below takes 1230 us for a token, 7 % above the floor. Arithmetic is not the limit. A
 // weight, 2 bytes, is used for one multiplication and one addition, and the GPU can do many times more while
 // memory delivers 2 bytes. Even without GELU and without the sums across threads, a token takes the same time
 // within 0.3 %. One goal explains nearly everything in this file: memory must never sit idle.
@@ -1896,8 +1896,8 @@ __device__ void Producer::keep_pace(uint32_t bytes) {
 // At (5) this is the number of blocks that have not voted, at (4) and (6) the number of additions that a word
 // lacks, elsewhere the parity. Then the thread executes a *trap*, an instruction that ends the launch and all
 // of the process's work on the GPU, and the host turns the report into an error. Two waits of workers have no
-// limit: (F), and the second part of (4), where all threads read x. If workers hang there, the producer
-// reports, which waits for them.
+// limit: (F), and the second part of (4), where all threads read x. If workers hang there, the producer,
+// which waits for them, reports.
 
 // __noinline__ keeps this rare code out of the loops.
 __device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int seen) {
