@@ -337,8 +337,8 @@ class Fused:
             self.settings.copy_(torch.frombuffer(bytearray(settings), dtype=torch.uint8))
         self.next_layer = 0
 
-    def launch(self, first_layer, last_layer, tokens=0):
-        """Layers first_layer..last_layer - 1 on the current stream.
+    def launch(self, first_layer, end_layer, tokens=0):
+        """Layers first_layer..end_layer - 1 on the current stream.
 
         With first_layer 0, x begins as the token's embedding, otherwise as the x of the last launch. With
         `tokens`, the launch makes so many tokens, fewer at the end of the context: for each of them, all
@@ -347,14 +347,14 @@ class Fused:
         if first_layer not in (0, self.next_layer):
             raise Refused(f"layer {first_layer} has no input: launch layer {self.next_layer} first")
         with self.failures_explained():
-            self.submit(first_layer, last_layer, tokens)
-        self.next_layer = 0 if tokens else last_layer
+            self.submit(first_layer, end_layer, tokens)
+        self.next_layer = 0 if tokens else end_layer
 
-    def submit(self, first_layer, last_layer, tokens):
+    def submit(self, first_layer, end_layer, tokens):
         """Hands a launch to CUDA."""
         with torch.cuda.device(self.device):
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            check(self.library.fused_launch(self.pointers, self.clusters, first_layer, last_layer,
+            check(self.library.fused_launch(self.pointers, self.clusters, first_layer, end_layer,
                                             tokens, stream))
 
     def step(self, tokens=1):

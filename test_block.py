@@ -260,12 +260,12 @@ def test_fused_stages(name):
 
 MUTANTS = {  # number: (what is broken, the first stage that turns red, text of the kernel, text instead)
     0: ("nothing broken", None, "#include <cstdint>", "#include <cstdint>"),
-    1: ("a peer's part of o left out", "o", "weight[r] = exp2f(", "weight[r] = r == RANKS - 1 ? 0.f : exp2f("),
+    1: ("a peer's part of o left out", "o", "shrink[r] = exp2f(", "shrink[r] = r == RANKS - 1 ? 0.f : exp2f("),
     2: ("LN1 for LN2", "xn2", "norms.w2, norms.b2", "norms.w1, norms.b1"),
     3: ("RoPE's sign flipped", "q", "d < ROT / 2 ? -v", "d >= ROT / 2 ? -v"),
     4: ("a team's part of y left out", "y", "from = 0; from < RANKS * TEAMS", "from = 1; from < RANKS * TEAMS"),
     5: ("the last tile of tokens missed", "o",
-        "last_token = s.plan.last_token;", "last_token = s.plan.last_token / KV_TOKENS * KV_TOKENS;"),
+        "min(KV_TOKENS, plan.end_token - t0);", "min(KV_TOKENS, plan.end_token - t0) / KV_TOKENS * KV_TOKENS;"),
     6: ("GELU by tanh", "h", "erff(a * 0.70710678f)", "tanhf(0.79788456f * (a + 0.044715f * a * a * a))"),
     7: ("biases left out", "q", "has_bias && my_row < n", "false")}
 MIDDLE = cut("pythia-160m")
@@ -315,9 +315,9 @@ SYNCS = {sync: (re.compile(wait), instead) for sync, wait, instead in (
     ("(4)'s laps", r"(?<=LAP = )256", "0"),
     ("(5)", r"\(int\)\(\(seen = [^;]* < 0(?=;\))", "false"),
     ("(6)", r"lacking\(now = load_relaxed\(words\), wanted\)", "(now = load_relaxed(words), 0)"),
-    ("(F)", r"barrier_open\(&s\.full[^)]*\)", "false"),
-    ("(F), in axpy_tile", r"::axpy_tile\((?:.*\n)*?\s+(wait_full\(\));  // \(F\)", "false"),
-    ("(F), in attend", r"::attend\((?:.*\n)*?\s+(wait_full\(\));  // \(F\)", "false"),
+    ("(F)", r"phase_running\(&s\.full[^)]*\)", "false"),
+    ("(F), in axpy_tile", r"void axpy_tile\((?:.*\n)*?\s+(wait_full\(\));  // \(F\)", "false"),
+    ("(F), in attend", r"void attend\((?:.*\n)*?\s+(wait_full\(\));  // \(F\)", "false"),
     ("(E)", r"wait\([^;]*SYNC_EMPTY\)", "false"),
     ("(E), of a warp's lanes", r"__syncwarp\(\)(?=;\s+// \(E\))", "false"),
     ("(a)", r"workers_sync\(\)(?=;\s+// \(a\)\n)", "false"),

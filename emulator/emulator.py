@@ -72,24 +72,24 @@ def kernel_constants(defines):
 
 # ---- who does what -----------------------------------------------------------------------------------------
 
-Plan = namedtuple("Plan", "rank cluster clusters units filler first_token last_token")
+Plan = namedtuple("Plan", "rank cluster clusters units filler first_token end_token")
 
 
-class Deal(namedtuple("Deal", "size dealt first_dealt blocks first_rest")):
-    """The rows that one block is dealt: `dealt` rows, in tiles dealt out in turn to `blocks` blocks, then a
+class Portion(namedtuple("Portion", "size tiled first_tiled blocks first_rest")):
+    """The rows that one block is dealt: `tiled` rows, in tiles dealt out in turn to `blocks` blocks, then a
     run."""
 
     def at(self, i):
         """The number of the block's `i`-th row."""
-        return self.first_dealt + i * self.blocks if i < self.dealt else self.first_rest + i - self.dealt
+        return self.first_tiled + i * self.blocks if i < self.tiled else self.first_rest + i - self.tiled
 
 
 def deal(k, first, n, index, blocks):
     """What block `index` (of `blocks`) is dealt of rows first..first + n - 1."""
     begin, end = n * index // blocks, n * (index + 1) // blocks
-    dealt = n // blocks // k.TILE_ROWS * k.TILE_ROWS
-    first_rest = first + begin + dealt * (blocks - index)
-    return Deal(end - begin, dealt, first + index * k.TILE_ROWS, blocks, first_rest)
+    tiled = n // blocks // k.TILE_ROWS * k.TILE_ROWS
+    first_rest = first + begin + tiled * (blocks - index)
+    return Portion(end - begin, tiled, first + index * k.TILE_ROWS, blocks, first_rest)
 
 
 def make_plan(k, block, blocks, position):
@@ -106,8 +106,8 @@ def make_plan(k, block, blocks, position):
     slices = 2 * (heads + (block < busy)) + 1
     filler = ceil_div(ceil_div(units.size, slices), k.TILE_ROWS) * k.TILE_ROWS
     tokens = ceil_div(position, k.RANKS)
-    first_token, last_token = min(tokens * rank, position), min(tokens * (rank + 1), position)
-    return Plan(rank, cluster, clusters, units, filler, first_token, last_token)
+    first_token, end_token = min(tokens * rank, position), min(tokens * (rank + 1), position)
+    return Plan(rank, cluster, clusters, units, filler, first_token, end_token)
 
 
 # What a slot of the ring holds: n rows of a matrix from `first` on, with the biases of `biases` rows; or, as
@@ -115,7 +115,7 @@ def make_plan(k, block, blocks, position):
 Slot = namedtuple("Slot", "matrix layer head first n biases bytes")
 
 
-def producer(k, block, blocks, position, first_layer, last_layer, lm_head):
+def producer(k, block, blocks, position, first_layer, end_layer, lm_head):
     """Yields a block's Slots for one token in the order in which its producer copies them."""
     def rows(matrix, layer, first, last):
         for row in range(first, last, k.TILE_ROWS):
@@ -126,9 +126,9 @@ def producer(k, block, blocks, position, first_layer, last_layer, lm_head):
                 bias_bytes = ceil_div(row % 8 + n, 8) * 16 if biases else 0
                 yield Slot(matrix, layer, None, row + done, part, biases, part * k.C * 2 + bias_bytes)
 
-    def rows_of(matrix, layer, dealt, done, end):
+    def rows_of(matrix, layer, portion, done, end):
         for i in range(done, end, k.TILE_ROWS):
-            row = dealt.at(i)
+            row = portion.at(i)
             for name in matrix:
                 yield from rows(name, layer, row, row + min(k.TILE_ROWS, end - i))
 
@@ -138,21 +138,21 @@ def producer(k, block, blocks, position, first_layer, last_layer, lm_head):
             yield Slot("kv", layer, head, t, n, 0, 2 * n * k.HS * 2)
 
     plan, mlp = make_plan(k, block, blocks, position), ["w_up", "w_down"]
-    for layer in range(first_layer, last_layer):
+    for layer in range(first_layer, end_layer):
         done, size = 0, plan.units.size
         for h in range(plan.cluster, k.NH, plan.clusters):
             qkv, out = h * 3 * k.HS + plan.rank * k.QKV_ROWS, h * k.HS + plan.rank * k.OUT_ROWS
             yield from rows("w_qkv", layer, qkv, qkv + k.QKV_ROWS)
             yield from rows_of(mlp, layer, plan.units, done, min(done + plan.filler, size))
             done = min(done + plan.filler, size)
-            yield from tokens(layer, h, plan.first_token, plan.last_token)
+            yield from tokens(layer, h, plan.first_token, plan.end_token)
             yield from rows_of(mlp, layer, plan.units, done, min(done + plan.filler, size))
             done = min(done + plan.filler, size)
             yield from rows("w_out", layer, out, out + k.OUT_ROWS)
         yield from rows_of(mlp, layer, plan.units, done, size)
     if lm_head:
-        dealt = deal(k, 0, k.V, block, blocks)
-        yield from rows_of(["embed_out"], -1, dealt, 0, dealt.size)
+        lm_rows = deal(k, 0, k.V, block, blocks)
+        yield from rows_of(["embed_out"], -1, lm_rows, 0, lm_rows.size)
 
 
 # ---- the workers -------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class Worker:
         self.ring = producer(k, block, grid.blocks, grid.position, *grid.range)
         self.qkv = np.full(3 * k.HS, np.nan)                                # (1) inbox
         self.peer_o = np.full((k.RANKS, k.OUT_ROWS), np.nan)                   # (2) inbox
-        self.peer_peak_l = np.full((k.RANKS, 2), np.nan)                        # (2) inbox
+        self.peer_peak_denom = np.full((k.RANKS, 2), np.nan)                        # (2) inbox
         self.sums = np.full((k.RANKS * k.TEAMS, k.OWN), np.nan)                 # (3) inbox
 
     def peer(self, rank):
@@ -260,7 +260,7 @@ class Worker:
             v[:half], v[half:2 * half] = a * grid.cos - b * grid.sin, b * grid.cos + a * grid.sin
         self.q = self.qkv[:k.HS] * (k.HS**-0.5 * math.log2(math.e))         # the softmax is in powers of 2
         new = torch.tensor(self.qkv[k.HS:], dtype=grid.cache.dtype).view(2, k.HS)
-        self.k_new, self.v_new = new.double().numpy()
+        self.k_now, self.v_now = new.double().numpy()
         if self.plan.rank == k.RANKS - 1:
             grid.cache[layer, :, 0, h, grid.position] = new
         self.qkv[:] = np.nan                                                # (d)
@@ -271,11 +271,11 @@ class Worker:
         warp, sub = np.indices((k.WARPS, k.WARP_TOKENS))
         m, l, o = np.full(warp.shape, -1e30), np.zeros(warp.shape), np.zeros((*warp.shape, k.HS))
         if plan.rank == k.RANKS - 1:                                            # the new token
-            m[-1, 0], l[-1, 0], o[-1, 0] = self.k_new @ self.q, 1, self.v_new
+            m[-1, 0], l[-1, 0], o[-1, 0] = self.k_now @ self.q, 1, self.v_now
             self.grid.touched["kv"][layer, h, self.grid.position] += 1
         u = np.arange(k.BATCH)[:, None, None]
-        for t0 in range(plan.first_token, plan.last_token, k.KV_TOKENS):
-            n = min(k.KV_TOKENS, plan.last_token - t0)
+        for t0 in range(plan.first_token, plan.end_token, k.KV_TOKENS):
+            n = min(k.KV_TOKENS, plan.end_token - t0)
             (keys, values), _, touched = self.wait_full()
             t = warp * k.WARP_TOKENS + sub + u * k.STRIDE                   # [BATCH, WARPS, WARP_TOKENS]
             valid, t = t < n, np.minimum(t, n - 1)
@@ -292,15 +292,15 @@ class Worker:
         """ClusterReduce, first half: o [HS] in slices to the ranks that own them, peak and l to all."""
         for r in range(self.k.RANKS):
             self.peer(r).peer_o[self.plan.rank] = o[r * self.k.OUT_ROWS:(r + 1) * self.k.OUT_ROWS]
-            self.peer(r).peer_peak_l[self.plan.rank] = m, l
+            self.peer(r).peer_peak_denom[self.plan.rank] = m, l
 
     def out_rows(self):
         """S6, S7"""
-        _, l, o = merge(*self.peer_peak_l.T, self.peer_o)
+        _, l, o = merge(*self.peer_peak_denom.T, self.peer_o)
         for i in range(0, self.k.OUT_ROWS, self.k.TILE_ROWS):
             n = min(self.k.TILE_ROWS, self.k.OUT_ROWS - i)
             self.axpy_tile(o[i:i + n] / l, n)
-        self.peer_o[:], self.peer_peak_l[:] = np.nan, np.nan
+        self.peer_o[:], self.peer_peak_denom[:] = np.nan, np.nan
 
     def hidden_units(self, end):
         """S8: from the unit at which the block stopped before up to its `end`-th."""
@@ -329,9 +329,9 @@ class Worker:
     def lm_head(self, x):
         """S10: writes this block's logits, returns the best of them, packed with its token."""
         k, best = self.k, 0
-        dealt = deal(k, 0, k.V, self.block, self.grid.blocks)
-        for i in range(0, dealt.size, k.TILE_ROWS):
-            first, n = dealt.at(i), min(k.TILE_ROWS, dealt.size - i)
+        lm_rows = deal(k, 0, k.V, self.block, self.grid.blocks)
+        for i in range(0, lm_rows.size, k.TILE_ROWS):
+            first, n = lm_rows.at(i), min(k.TILE_ROWS, lm_rows.size - i)
             self.grid.logits[first:first + n] = logits = self.dot_tile(x, n, 0, False)
             best = max(best, *(pack(logit, first + i) for i, logit in enumerate(logits)))
         return best
@@ -399,11 +399,11 @@ class Emulator:
     def x(self):
         return self.from_word(self.residual[self.swaps % 2])
 
-    def launch(self, token, position, first_layer=0, last_layer=None, lm_head=True):
-        """Layers first_layer..last_layer - 1 for `token` at `position`; if first_layer is not 0, with the x
+    def launch(self, token, position, first_layer=0, end_layer=None, lm_head=True):
+        """Layers first_layer..end_layer - 1 for `token` at `position`; if first_layer is not 0, with the x
         of the last launch."""
-        k, model, last_layer = self.k, self.model, self.k.L if last_layer is None else last_layer
-        self.position, self.range = position, (first_layer, last_layer, lm_head)
+        k, model, end_layer = self.k, self.model, self.k.L if end_layer is None else end_layer
+        self.position, self.range = position, (first_layer, end_layer, lm_head)
         self.cos, self.sin = model.rope[:, position].double().numpy()
         self.logits, self.touched = np.full(k.V, np.nan), {"kv": np.zeros((k.L, k.NH, k.CTX), np.uint8)}
         self.touched["embed_out"] = {-1: np.zeros((k.V, k.C), np.uint8)}
@@ -417,7 +417,7 @@ class Emulator:
                 w.x = embedding[k.column]
             else:
                 w.read_residual(self.residual[self.swaps % 2])
-        for layer in range(first_layer, last_layer):
+        for layer in range(first_layer, end_layer):
             x_next = self.residual[(self.swaps + 1) % 2]
             self.carry(self.x() if layer else embedding, layer, x_next)
             for first in range(0, self.blocks, k.RANKS):

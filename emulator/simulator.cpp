@@ -172,7 +172,7 @@ void count(void* barrier, int bytes, int arrivals) {
 void barrier_init(uint64_t* b, int n) { *(Mbarrier*)b = {0, 0, (uint16_t)n, (uint16_t)n}; }
 void barrier_arrive(uint64_t* b) { count(b, 0, 1); }
 void barrier_expect(uint64_t* b, uint32_t bytes) { count(b, bytes, 1); }
-bool barrier_open(uint64_t* b, uint32_t parity, bool) {
+bool phase_running(uint64_t* b, uint32_t parity, bool = false) {
   if (((Mbarrier*)b)->phase == parity) yield();
   return ((Mbarrier*)b)->phase == parity;
 }
@@ -220,7 +220,6 @@ unsigned long long global_ns() {  // advances, as the producer waits for it
 
 // ---- The kernel, and its launch --------------------------------------------------------------------------
 
-#define SHARED_MEMORY block().shared  // stands where the kernel has its extern __shared__
 #include KERNEL
 
 std::function<void()> kernel;  // with the launch's arguments
@@ -263,10 +262,13 @@ void arrive_some() {
 // Like fused_launch, in the order that `seed` gives. Returns whether the launch ended by itself, and nothing
 // was on its way to a block that had ended.
 extern "C" __attribute__((visibility("default"))) int simulate(const void* const* pointers,
-    const long long* bytes, int n_clusters, int first_layer, int last_layer, int tokens, unsigned seed) {
-  tensors = pointers, tensor_bytes = bytes, n_tensors = sizeof(Model) / sizeof(void*);
+    const long long* bytes, int n_clusters, int first_layer, int end_layer, int tokens, unsigned seed) {
+  tensors = pointers, tensor_bytes = bytes, n_tensors = sizeof(Worker::Model) / sizeof(void*);
   const int n_blocks = n_clusters * CLUSTER, warps = WORKERS / 32 + 1;
-  kernel = [=] { fused_block(*(const Model*)pointers, first_layer, last_layer, tokens); };
+  kernel = [=] {
+    Worker::thread_main(*(const Worker::Model*)pointers, *(Worker::Shared*)block().shared, first_layer,
+                        end_layer, tokens);
+  };
   gridDim.x = n_blocks;
   rng.seed(seed);
   trapped = lost = false, idle = 0, slow = chance(2);

@@ -405,8 +405,7 @@ def source_for_cpu(text):
     """What simulator.cpp includes: the kernel without its host side, and without functions that are PTX."""
     text = re.sub(r"^#include <cuda.*\n", "", text[:text.index(". Host side ===")], flags=re.MULTILINE)
     rest = r"(?:(?!^\}|\}$).)*"  # of a function
-    text = re.sub(rf"^__device__ {rest}\basm\b{rest}\}}$\n", "", text, flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"extern __shared__ [^;]*;", "uint8_t* raw = SHARED_MEMORY;", text)
+    return re.sub(rf"^static __device__ {rest}\basm\b{rest}\}}$\n", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 class Simulated(Fused):
@@ -430,9 +429,9 @@ class Simulated(Fused):
         assert threads >= k.C / 2 and threads * k.KEPT >= k.V, "fused_launch would refuse"
         self.allocate(model, None, blocks)
 
-    def submit(self, first_layer, last_layer, tokens):
+    def submit(self, first_layer, end_layer, tokens):
         sizes = (ctypes.c_longlong * len(self.tensors))(*(t.nbytes for t in self.tensors))
         self.seed += 1
-        if not self.library.simulate(self.pointers, sizes, self.clusters, first_layer, last_layer, tokens,
+        if not self.library.simulate(self.pointers, sizes, self.clusters, first_layer, end_layer, tokens,
                                      self.seed):
             raise RuntimeError("the launch did not end as it should")

@@ -115,9 +115,9 @@ def test_pack():
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler (c++) on this machine")
 def test_constants_and_plan(tmp_path):
     """Every constant (as fp32) and every block's plan: as a C++ compiler and the emulator understand them."""
-    sizes = "\n".join(re.findall(r"^(?:__host__ __device__ )?constexpr .*", SOURCE, re.MULTILINE))
+    sizes = "\n".join(re.findall(r"^(?:__host__ __device__ |static )?constexpr .*", SOURCE, re.MULTILINE))
     plan = "".join(re.search(code, SOURCE, re.MULTILINE | re.DOTALL)[0] for code in (
-        r"^  struct Deal \{.*?^  \};", r"^  struct Plan \{.*?^  \};", r"^[^\n]*Deal deal\(.*?^\}",
+        r"^struct Portion \{.*?^\};", r"^struct Plan \{.*?^\};", r"^[^\n]*Portion deal\(.*?^\}",
         r"^[^\n]*Plan make_plan\(.*?^\}"))
     names = re.findall(r"\b(\w+) = ", "".join(re.findall(r"constexpr (?:int|float|long long) [^;]*;", sizes)))
     variants = [build.constants(Config.from_name(name), cluster=n) for name in SIZES for n in CLUSTERS]
