@@ -299,7 +299,7 @@ def time_fused(case, fused, sampler=SAMPLERS["greedy"], step=None, tokens=Fused.
         raise Refused("wrong, so not timed: tokens unlike those of launches of one token")
     seeds = itertools.count()
     us = sample(step, lambda: fused.start(case.token, case.start, replace(sampler, seed=next(seeds))), tokens)
-    note = ", ".join(f"{name} {fused.defines[name]}" for name in ("CLUSTER", "THREADS", "ROWS"))
+    note = ", ".join(f"{name} {fused.defines[name]}" for name in ("CLUSTER", "MIN_WORKERS", "ROWS"))
     return {"us": us, "error": error, "note": note}
 
 

@@ -60,8 +60,8 @@ def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, atte
     """The kernel's -D constants {name: int} for a Config, on a GPU of `sms` multiprocessors, whose memory
     delivers `memory_rate` bytes a ns by its clock and the width of its bus (defaults: an H200's).
 
-    `threads`, `rows`, `attention_kib` and `pace` are tuning, see THREADS, ROWS, ATTENTION_BYTES and PACE in
-    fused_block.cu; `extra` adds constants of test builds: {"TAPS": 1} or {"TIMELINE": 1}.
+    `threads`, `rows`, `attention_kib` and `pace` are tuning, see MIN_WORKERS, ROWS, ATTENTION_BYTES and PACE
+    in fused_block.cu; `extra` adds constants of test builds: {"TAPS": 1} or {"TIMELINE": 1}.
     Raises Refused for a shape that the kernel has no code for.
     """
     c = config
@@ -90,7 +90,7 @@ def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, atte
         raise Refused(f"pace {pace} would let no copy start: take 1 byte a ns or more")
     return {"HIDDEN": c.hidden, "HEADS": c.n_head, "HEAD_SIZE": c.head_size, "ROTARY": c.rotary_dims,
             "MLP": c.mlp, "VOCAB": c.vocab, "LAYERS": c.n_layer, "CONTEXT": c.context, "CLUSTER": cluster,
-            "THREADS": threads, "ROWS": rows, "ATTENTION_BYTES": attention_kib * 1024,
+            "MIN_WORKERS": threads, "ROWS": rows, "ATTENTION_BYTES": attention_kib * 1024,
             "PACE": pace, "SHARED_BYTES": SHARED_BYTES[arch], "MIN_BLOCKS": max(sms // 2, 1), **(extra or {})}
 
 
@@ -268,7 +268,7 @@ class Fused:
         c, device = model.config, model.embed_in.device
         cache = model.new_cache() if cache is None else cache
         self.model, self.config, self.device, self.cache = model, c, device, cache
-        self.text, self.next_layer, self.lock, self.last = 0, 0, threading.Lock(), None
+        self.text_number, self.next_layer, self.lock, self.last = 0, 0, threading.Lock(), None
         C, F, V, half = c.hidden, c.mlp, c.vocab, torch.float16
 
         def zeros(*shape, dtype=torch.float32, **kw):
@@ -321,8 +321,8 @@ class Fused:
         with self.lock:
             if self.last is not None:  # they may be on another stream
                 torch.cuda.current_stream(self.device).wait_event(self.last)
-            self.text += 1
-            return self.text
+            self.text_number += 1
+            return self.text_number
 
     def start(self, token, pos, sampler=GREEDY):
         """Makes `token` (int or tensor of one) at position `pos` the input of the next launch."""
@@ -370,13 +370,14 @@ class Fused:
         with self.failures_explained():
             self.graph.replay()
 
-    def decode(self, token, pos, steps, sampler=GREEDY, text=None):
+    def decode(self, token, pos, steps, sampler=GREEDY, text_number=None):
         """Yields `steps` ids (ints) after `token` at `pos`; the GPU is a launch ahead of what is yielded.
 
-        `text` is the number from `begin`, if `begin` was called before the cache was filled. All launches go
-        to the stream that is current at the first launch. Raises Refused when another text begins.
+        `text_number` is what `begin` returned, if `begin` was called before the cache was filled. All launches
+        go to the stream that is current at the first launch. Raises Refused when another text begins.
         """
-        text, end = self.begin() if text is None else text, pos + steps
+        end = pos + steps
+        text_number = self.begin() if text_number is None else text_number
         if end > self.config.context:
             raise Refused(f"position {end - 1} is past the last of {self.config.context} positions: shorten "
                           "the prompt or ask for fewer tokens")
@@ -385,7 +386,7 @@ class Fused:
         stream, ready = torch.cuda.current_stream(self.device), deque()
         for at in range(pos, end + self.TOKENS, self.TOKENS):
             with self.lock, torch.cuda.stream(stream):
-                self.check_text(text)
+                self.check_text(text_number)
                 if at == pos:
                     self.start(token, pos, sampler)
                 if at < end:
@@ -395,11 +396,11 @@ class Fused:
             if at > pos:
                 self.wait(ready.popleft())
                 made = self.history[at - self.TOKENS:min(at, end)].tolist()
-                self.check_text(text)  # after reading, so that what was read belongs to this text
+                self.check_text(text_number)  # after reading, so that what was read belongs to this text
                 yield from made
 
-    def check_text(self, text):
-        if text != self.text:
+    def check_text(self, text_number):
+        if text_number != self.text_number:
             raise Refused("another text has begun on this decoder: make a Fused for each text at a time")
 
     def wait(self, work):
@@ -413,12 +414,12 @@ class Fused:
         try:
             yield
         except RuntimeError as error:
-            sync, block, layer, seen = self.failure.tolist()
+            sync, block, layer, number = self.failure.tolist()
             if sync == 0:
                 raise
             name = ["", "(1)", "(2)", "(3)", "(4)", "(5)", "(6)", "(F)", "(E)", "(h)"][sync]
-            lacking = {4: f", where x lacked {seen} of its sums,",
-                       5: f", where {seen} blocks had not arrived,"}.get(sync, "")
+            lacking = {4: f", where x lacked {number} of its sums,",
+                       5: f", where {number} blocks had not arrived,"}.get(sync, "")
             raise RuntimeError(f"the fused kernel waited too long at sync {name}{lacking} in block {block}, "
                                f"layer {layer}, and gave up: start a new process") from error
 

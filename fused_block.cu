@@ -1,20 +1,20 @@
 // fused_block.cu: one CUDA kernel for all of Pythia's decode step, from the embedding to the next token.
 //
-
 // 0. One token, and what it costs =========================================================================
-// To write one more token, a language model reads all of its weights once. This file does that whole step in
-// one *kernel*, a function that all threads of a GPU run together. One call of the kernel is a *launch*, and
-// makes up to 8 tokens in a row. Before the first launch, PyTorch has read the prompt (model.py) and left its
-// keys and values in the cache.
+// To write one more token of one text, a language model such as Pythia reads all of its weights once. This
+// file does that whole step in one *kernel*, a function that all threads of a GPU run together. One call of
+// the kernel is a *launch*. It makes up to as many tokens in a row as the caller asks for, which is 8 in
+// build.py. Before the first launch, PyTorch has read the prompt (model.py) and left its keys and values in
+// the cache.
 //
-// In PyTorch the step is these lines. The kernel computes the same in *stages*, S0 to S10. The noise is 0
-// unless tokens are drawn at random (chapter 9).
+// In PyTorch the step is these lines. The kernel computes the same in *stages*, S0 to S10. Chapter 9 has the
+// noise, chapter 14 top-k and top-p.
 //
 //     x = embed_in[token]                                                          # S0     [C]
 //     for each layer:
 //         xn1, xn2 = layer_norm(x, ln1_w, ln1_b), layer_norm(x, ln2_w, ln2_b)      # S1     [C]
 //         q, k, v = (w_qkv @ xn1 + b_qkv).view(NH, 3, HS).unbind(1)                # S2     [NH, HS]
-//         q, k = rope(q, T), rope(k, T)                                            # S3     [NH, HS]
+//         q, k = rope(q, T), rope(k, T)  # rotates them by the position            # S3     [NH, HS]
 //         cache_k[:, T], cache_v[:, T] = k, v                                      # S4     [NH, HS]
 //         p = softmax(einsum("hd,htd->ht", q, cache_k[:, :T + 1]) / sqrt(HS))      # S5     [NH, T + 1]
 //         o = einsum("ht,htd->hd", p, cache_v[:, :T + 1])                          # S5, S6 [NH, HS]
@@ -25,39 +25,39 @@
 //     token = argmax(logits + noise)                                               # S10    []
 //
 //     symbol   meaning                                                       in pythia-2.8b
-//     C        width of x, the hidden size                                   2560
+//     C        width of x                                                    2560
 //     NH, HS   attention heads of a layer; dimensions of a head              32, 80
 //     MLP      hidden units of a layer                                       10240
 //     V        tokens in the vocabulary                                      50304
 //     L        layers                                                        32
-//     T        tokens in the cache before this step. The step reads token    128 in all examples
-//              number T, counted from 0, so T is also its position
+//     T        positions in the cache before this step, and the position     128, if no other number
+//              of the token that this step reads, counted from 0             is given
 //
 // A *layer* is what papers call a transformer block. In this file a *block* is CUDA's: a group of threads
-// (chapter 2). The text explains pythia-2.8b on an H200. Chapter 14 says what is different in the other nine
+// (chapter 2). The text explains pythia-2.8b on an H200. Chapter 15 says what is different in the other nine
 // sizes.
 //
 // The budget. Each weight is used once for each token, so a layer takes at least the time in which memory
-// delivers its bytes:
+// delivers its bytes. In us, microseconds:
 //     (4*C*C + 2*C*MLP) weights of 2 bytes         157.3 MB / 4.62 TB/s =   34.0 us a layer
 //     keys and values of T tokens: 4*C*T bytes      1.31 MB / 4.62 TB/s =    0.3 us a layer
 //     L layers, 2*V*C bytes of the LM head, biases 5.335 GB / 4.62 TB/s = 1154   us a token: the floor
-// The 4.62 TB/s are measured: no kernel of several that only read was faster on this H200. The kernel below
-// takes 1230 us for a token, 7 % above the floor. Arithmetic is not the limit: even without GELU and without
-// the sums across threads, a token takes the same time within 0.3 %. One goal explains nearly everything in
-// this file: memory must never sit idle.
+// The 4.62 TB/s are measured: the fastest of several kernels that only read reaches this rate on this H200.
+// The kernel below takes 1230 us for a token, 7 % above the floor. Arithmetic is not the limit: even without
+// GELU and without the sums across threads, a token takes the same time within 0.3 %. One goal explains
+// nearly everything in this file: memory must never sit idle.
 //
-// How to read. Chapters 1 to 3 are the algorithm. Chapters 4 to 9 each solve one problem that the layer loop
-// of chapter 3 leaves open. Chapter 10 divides the work among the blocks, and chapter 11 follows one layer,
-// and one number, through time. Stop there: the appendix, from chapter 12 on, is for looking things up.
+// How to read. Chapters 1 to 3 are the algorithm. Chapters 4 to 9 fill in what the layer loop of chapter 3
+// leaves open. Chapter 10 divides the work among the blocks, and chapter 11 follows one layer, and one
+// number, through time. Stop there: the appendix, from chapter 12 on, is for looking things up.
 //
 // A *sync* is a point where a thread waits until other threads have done something. Syncs between blocks are
 // (0) to (6). Syncs inside a block have letters. Chapter 13 lists all of them. Each stage has a card above
-// it: its *math*; *who* computes what; the *bytes* that a block moves; its *syncs*.
+// it: its *math*; *who* computes what; the *bytes* that a block moves, unless it says otherwise; its *syncs*.
 //
-// Times are microseconds (us) for one token of 2.8b, unless a sentence says otherwise. GPUs and versions of
-// the kernel differ, so compare times only within a sentence. Many per cents, and the times in chapters 8 and
-// 18, are of changes to older versions (docs/what-did-not-help.md).
+// Times are us for one token of 2.8b, unless a sentence says otherwise. GPUs and versions of
+// the kernel differ, so compare times only within a sentence. Many percentages, and the times in chapters 8
+// and 19, were measured on older versions (docs/what-did-not-help.md).
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -96,8 +96,8 @@
 
 // 2. Who owns what ========================================================================================
 // An H200 has 132 processors (NVIDIA calls them multiprocessors). Each has 227 KiB of fast *shared memory*
-// for its own threads. All processors read and write one large *global memory*. It holds the weights, the
-// cache of keys and values, and x. CUDA groups threads like this:
+// for its own threads. All processors read and write one large *global memory*, through one cache, *L2*.
+// Global memory holds the weights, the cache of keys and values, and x. CUDA groups threads like this:
 //
 //     thread    has its own variables, in registers
 //     warp      32 threads that run mostly in step
@@ -109,13 +109,13 @@
 //
 // In each block, 320 threads are *workers*, which compute. One more thread is the *producer*. It only starts
 // copies from global into shared memory, ahead of the workers (chapter 5). The other 31 threads of its warp
-// end at once.
+// end after the setup.
 //
 //     what                                    is divided among        how much each gets
 //     columns of every row, of x and of y     the workers of a block  8 columns, the same in all layers
 //     heads of a layer                        clusters                clusters 0..31 one each, 32..65 none
 //       rows of the head's q, k, v            ranks of its cluster    120 of 240
-//       cached tokens of the head             ranks                   64 of 128
+//       cached positions of the head          ranks                   64 of 128
 //       output rows of the head               ranks                   40 of 80
 //     hidden units of a layer                 blocks                  34 or 35 for blocks with a head, else
 //                                                                     117 or 118: equal bytes, chapter 10
@@ -139,19 +139,22 @@
 
 // 3. The layer loop =======================================================================================
 // The loop below is what one worker does. A few sizes come first, with their values for 2.8b in brackets. The
-// names in capitals that this file does not define, such as HIDDEN, are set by build.py. `__device__` marks a
-// function that runs on the GPU. threadIdx.x is the number of a thread in its block, blockIdx.x the number of
-// a block, and gridDim.x the number of blocks. In 2.8b, PIECES and TEAMS are 1: ignore both until chapter 14.
+// names in capitals that this file does not define, such as HIDDEN, are set by build.py. Every other name is
+// defined further down, single instructions of the GPU in chapter 19. ROT is the number of dimensions of a
+// head that RoPE rotates (chapter 7), CTX the number of positions that the cache has room for. `__device__`
+// marks a function that runs on the GPU, `__host__` one that runs on the CPU (the *host*). threadIdx.x is the
+// index of a thread in its block, blockIdx.x the index of a block, and gridDim.x the number of blocks. In
+// 2.8b, PIECES and TEAMS are 1: ignore both until chapter 15.
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 constexpr int C = HIDDEN, NH = HEADS, HS = HEAD_SIZE, ROT = ROTARY, V = VOCAB, L = LAYERS, CTX = CONTEXT;
-constexpr int RANKS = CLUSTER;                  // blocks in a cluster, its ranks [2]
-constexpr int PIECES = C < 4096 ? 1 : 2;        // pieces of 8 columns that a worker owns [1]
-constexpr int COLS = 8 * PIECES;                // columns that a worker owns [8]
-constexpr int TEAM = C / COLS;                  // workers that hold one row together: a team [320]
-constexpr int TEAMS = ceil_div(THREADS, TEAM);  // teams in a block, for THREADS workers or more [1]
-constexpr int WORKERS = TEAM * TEAMS;           // threads of a block that compute [320]
+constexpr int RANKS = CLUSTER;                      // blocks in a cluster, its ranks [2]
+constexpr int PIECES = C < 4096 ? 1 : 2;            // pieces of 8 columns that a worker owns [1]
+constexpr int COLS = 8 * PIECES;                    // columns that a worker owns [8]
+constexpr int TEAM = C / COLS;                      // workers that hold one row together: a team [320]
+constexpr int TEAMS = ceil_div(MIN_WORKERS, TEAM);  // as many as make MIN_WORKERS (256) or more [1]
+constexpr int WORKERS = TEAM * TEAMS;               // threads of a block that compute [320]
 
 // Nearly all that follows is one struct, because in a struct a function may be used above the place where it
 // stands. So the text can go from the loop to its details. What is in the struct is not indented.
@@ -165,13 +168,13 @@ struct Plan;                                // what a block does for one token: 
 // here, because the choice begins like a layer: the pass with layer == L chooses the next token.
 //
 // x is in global memory, in two buffers. A layer reads x_now, and all clusters add to x_next. Then the two
-// swap roles. No buffer is cleared between layers: x_next still holds an older x, which one of the additions
-// subtracts (chapter 8). `swaps` counts the swaps of all launches, and its last bit says which buffer is
-// x_now. `plan` says what this block does for the token. mark() is a stopwatch and tap() a probe for tests:
-// both compile to nothing.
+// swap roles. x_next is not cleared first. It still holds an older x, and one of the threads that add to it
+// also subtracts the older x (chapter 8). `swaps` counts the swaps of all launches, and its last bit says
+// which buffer is x_now. `plan` says what this block does for the token (chapter 10). mark() is a stopwatch
+// and tap() a probe for tests (chapter 20).
 __device__ void run(int first_layer, int end_layer, int new_tokens,
                     int token, int position, int end, unsigned swaps) {
-  Columns x, xn1, xn2;  // this thread's columns, in registers
+  Columns x, xn1, xn2;
   long long *x_now = buffer(swaps), *x_next = buffer(swaps + 1);
 
   for (int layer = first_layer; position < end;) {
@@ -180,8 +183,9 @@ __device__ void run(int first_layer, int end_layer, int new_tokens,
     read_x(layer, token, x_now, swaps, x);
     if (layer == end_layer && new_tokens == 0) break;  // a launch that makes no token ends here
 
-    // S1. Normalize x, once for both LayerNorms. Apply the gain and bias of LayerNorm 1, for the heads. In
-    // the pass that chooses a token, `norms` holds those of the final LayerNorm.
+    // S1. Normalize x, once for both LayerNorms. From here on, x is normalized. Apply the gain and bias of
+    // LayerNorm 1, for the heads. The gains and biases are in `norms`, after the last layer those of the
+    // final LayerNorm.
     normalize(x);
     affine(x, norms.w1, norms.b1, xn1);
 
@@ -193,14 +197,14 @@ __device__ void run(int first_layer, int end_layer, int new_tokens,
       continue;
     }
 
-    // S9, first part. Each column of x has a *carrier*, one thread of the grid. The carrier adds x and the
-    // output biases to x_next. It need not wait for y.
-    carry(layer, token, x_next, swaps);
+    // S9, first part. 1280 threads of the grid, the *carriers*, each add two columns of x and of the biases
+    // to x_next, and subtract the older x. This need not wait for y.
+    carry_x(layer, token, x_next, swaps);
 
     // S1. Apply the gain and bias of LayerNorm 2, for the hidden units.
     affine(x, norms.w2, norms.b2, xn2);
 
-    // Clear y. It sums up what this block adds to this thread's columns of x.
+    // y sums up what this block adds to this thread's columns of x.
     for (int i = 0; i < COLS; i++) y[i] = 0;
     tap_norms(xn1, xn2); mark(MARK_NORM, layer);
 
@@ -209,17 +213,17 @@ __device__ void run(int first_layer, int end_layer, int new_tokens,
       // S2. Compute this rank's rows of q, k, v. Send them to all ranks of the cluster.
       qkv_rows(xn1, head); mark(MARK_QKV, layer);
 
-      // S8. Do some hidden units while q, k and v are on their way. Then wait for q, k and v: (1).
+      // S8. Do plan.filler hidden units while q, k and v are on their way. Then wait for q, k and v: (1).
       hidden_units(xn2, done, min(done + plan.filler, plan.units.size));
       wait_for_qkv(); mark(MARK_1, layer);
 
       // S3, S4. Rotate q and k by the position. Append k and v to the cache.
       rotate_and_append(layer, head, position);
 
-      // S5. Attend to this rank's share of the tokens. Send the result to the other ranks.
+      // S5. Attend to this rank's share of the positions. Send the result to all ranks of the cluster.
       attend(); mark(MARK_ATTEND, layer);
 
-      // S8. Do some more hidden units while the results are on their way. Then wait for all results: (2).
+      // S8. Do plan.filler more while the results are on their way. Then wait for all results: (2).
       hidden_units(xn2, done, min(done + plan.filler, plan.units.size));
       wait_for_attention(); mark(MARK_2, layer);
 
@@ -231,17 +235,17 @@ __device__ void run(int first_layer, int end_layer, int new_tokens,
     // S8. Do the hidden units that are left.
     hidden_units(xn2, done, plan.units.size); mark(MARK_UNITS, layer);
 
-    // S9, second part. Send each column of y to the rank that owns it. Wait for the other ranks' y: (3). Add
-    // up the columns that this rank owns, and add the sums to x_next.
+    // S9, second part. Send each column of y to the rank that owns it, and wait for the other ranks' y: (3).
+    // S9, third part. Add up the columns that this rank owns, and add the sums to x_next.
     cluster_reduce(); mark(MARK_3, layer);
     add_to_residual(x_next);
 
     // Start to load the gains and biases of the next layer, which do not depend on x.
     norms = load_norms(layer + 1); mark(MARK_ADDED, layer);
 
-    // Swap the buffers. own_now and own_next are what a carrier has read from the two buffers (chapter 8).
-    long long* const x_last = x_now;
-    x_now = x_next, x_next = x_last, own_next = own_now, swaps++, layer++;
+    // Swap the buffers. carried_next is what the carriers will subtract (chapter 8).
+    long long* const previous = x_now;
+    x_now = x_next, x_next = previous, carried_next = carried_now, swaps++, layer++;
   }
   finish(x_next, token, position, swaps);
 }
@@ -250,11 +254,6 @@ const Model& m;     // what is in global memory: the weights, the cache, x. Chap
 Shared& s;          // what is in the block's shared memory: chapter 12, too
 const Plan& plan;   // the block's plan
 const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;  // of this worker; lanes: chapter 4
-
-// To add a stage, change the loop above and the same stage in emulator.py. If the stage reads rows, the
-// producer has to copy them at the same point in its order (chapter 5). If some blocks do more of it than
-// others, make_plan has to count its bytes (chapter 10). New shared memory needs a larger FIXED_BYTES. New
-// weights go into Layer (chapter 12) and into Block in model.py, in the same order.
 
 // 4. dot tile and axpy tile ===============================================================================
 // The problem. Each of the 320 threads has a part of a dot product, and the parts have to be added up. The
@@ -268,23 +267,23 @@ const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;  // of this worke
 // rows 1228. With 16 rows it takes 68 % longer than with 8, because only two such tiles fit into shared
 // memory.
 //
-// A tile arrives in two halves, in two *slots* of shared memory. The next chapter explains how. Here, the
-// next tile is already there.
-static constexpr int WARPS = WORKERS / 32;             // warps of workers [10]
-static constexpr int LANES = TEAM < 32 ? TEAM : 32;    // threads of a warp that belong to one team [32]
-static constexpr int TEAM_WARPS = TEAM / LANES;        // warps of a team [10]
+// A tile arrives in two *half tiles* of 4 rows, each in a *slot* of shared memory. The next chapter explains
+// how. Here, the next tile is already there.
+static constexpr int WARPS = WORKERS / 32;                // warps of workers [10]
+static constexpr int TEAM_LANES = TEAM < 32 ? TEAM : 32;  // threads of a warp that belong to one team [32]
+static constexpr int TEAM_WARPS = TEAM / TEAM_LANES;      // warps of a team [10]
 
-static constexpr int TILE_ROWS = ROWS * TEAMS;         // rows of a tile, ROWS for each team [8]
-static constexpr int HALF_TILES = 2;                   // slots that a tile takes
-static constexpr int HALF_TILE_ROWS = TILE_ROWS / HALF_TILES;      // [4]
-static constexpr int SLOT_BYTES = HALF_TILE_ROWS * C * 2;          // [20480]
-// A copy of biases is rounded out to multiples of 8 (copy_rows, chapter 5), so it may need 8 more places.
+static constexpr int TILE_ROWS = ROWS * TEAMS;                      // rows of a tile, ROWS for each team [8]
+static constexpr int HALF_TILES = 2;                                // slots that a tile takes
+static constexpr int HALF_TILE_ROWS = TILE_ROWS / HALF_TILES;       // [4]
+static constexpr int SLOT_BYTES = HALF_TILE_ROWS * C * 2;           // [20480]
 static constexpr int TILE_BIASES = ceil_div(TILE_ROWS, 8) * 8 + 8;  // room for a tile's biases [16]
 
-// CUDA's types: half is a number in fp16, half2 is two of them, and uint4 is 16 bytes, 8 numbers in fp16.
+// CUDA's types: half is a number in fp16, half2 is two of them, uint4 is 16 bytes: 8 numbers in fp16. Types
+// such as float2 or longlong2 are pairs, with the members x and y.
 static __device__ const uint4& as16(const half* p) { return *reinterpret_cast<const uint4*>(p); }
 static __device__ float2 widen2(const half* p) { return __half22float2(*reinterpret_cast<const half2*>(p)); }
-// 8 numbers from fp16 to fp32. Weights, k and v are fp16, but all products and sums are fp32.
+// 8 numbers from fp16 to fp32. Weights, k and v are fp16, but a block multiplies and adds in fp32.
 static __device__ void widen(const uint4& w, float* f) {
   const half* halfs = reinterpret_cast<const half*>(&w);
   for (int i = 0; i < 4; i++) {
@@ -304,41 +303,21 @@ static __device__ void axpy8(float a, const uint4& w, float* y) {
   for (int i = 0; i < 8; i++) y[i] = fmaf(a, f[i], y[i]);
 }
 
-// Adds up 8 sums over the 32 lanes of a warp: lane l ends with the sum of row l % 8. This takes 9 shuffles
-// and not 8 * 5, because two lanes swap half of their sums in each step. In the step at distance 1, two rows
-// a and b are left, with the sums a0 and b0 in lane 0, a1 and b1 in lane 1:
-//     lane 0 gives b0, gets a1, and keeps a0 + a1
-//     lane 1 gives a0, gets b1, and keeps b0 + b1
-// The steps at distance 4, 2 and 1 halve the number of sums: 8, 4, 2, 1. The steps at distance 8 and 16 add
-// what other lanes have of the same row.
-//
-// __shfl_xor_sync(~0u, v, n) returns the v of the lane at distance n. ~0u says that all 32 lanes take part.
-// `#pragma unroll` unrolls the loop, so that v[] can stay in registers.
-static __device__ float reduce_rows(float (&v)[ROWS], int lane) {
-  for (int apart = ROWS / 2; apart >= 1; apart /= 2) {
-    const bool upper = lane & apart;  // the lane with the higher number keeps the upper half of the rows
-#pragma unroll
-    for (int i = 0; i < apart; i++)
-      v[i] = (upper ? v[i + apart] : v[i]) + __shfl_xor_sync(~0u, upper ? v[i] : v[i + apart], apart);
-  }
-  for (int apart = ROWS; apart < LANES; apart *= 2) v[0] += __shfl_xor_sync(~0u, v[0], apart);
-  return v[0];
-}
-
 // Waits until all workers of the block, or of a team, are here. CUDA's __syncthreads would also wait for the
-// producer, which must not stop.
+// producer, which must not stop. So this is a *named barrier*: a barrier in hardware for a given number of
+// threads. A block has 16.
 static __device__ void workers_sync() { named_barrier(1, WORKERS); }
 static __device__ void team_sync(int team) { named_barrier(TEAMS == 1 ? 1 : 2 + team, TEAM); }
 
 const int team = TEAMS == 1 ? 0 : tid / TEAM, team_thread = TEAMS == 1 ? tid : tid % TEAM;  // [0, tid]
-const int team_warp = team_thread / 32;                                                    // [warp]
+const int team_warp = team_thread / 32;                                                     // [warp]
 
 // Element i of a worker's Columns is column(i) of x. In 2.8b this is column 8 * tid + i.
 __device__ int column(int i) const { return (i / 8 * TEAM + team_thread) * 8 + i % 8; }
 
-// This worker's 8 columns of one row of the current slot (of piece p: chapter 14).
-__device__ uint4 weights(int slot_row, int p) const {
-  return as16(&s.slots[ring.slot][slot_row * C + column(8 * p)]);
+// This worker's 8 columns of one row of the slot that `cursor` points to, chapter 5 (of piece p: chapter 15).
+__device__ uint4 row_piece(int slot_row, int p) const {
+  return as16(&s.slots[cursor.slot][slot_row * C + column(8 * p)]);
 }
 
 const int my_row = lane % ROWS * TEAMS + team;  // the row of a tile whose result this lane gets [lane % 8]
@@ -348,13 +327,10 @@ int flip = 0;                                   // which of two arrays, warp_dot
 //   math    dot(row r, in) + bias[r], for the n rows of the tile; n < 8 only in the last tile
 //   who     every worker multiplies its 8 columns; then lane l of every warp gets the result of row l % 8
 //   bytes   n * C * 2 from shared memory, 41 KB for 8 rows
-//   syncs   (F) the rows are here, (E) the rows were read: chapter 5; (c) once
-// A half tile is 4 rows. The producer can fill the first slot again while workers read the second. In the
-// biases of a tile, `skip` more come first, which the workers do not use (copy_rows, chapter 5).
-//
-// At (c) every warp waits until all 10 warps have written their sums to warp_dots. No second sync is needed,
-// because tiles use two arrays in turn, warp_dots[0] and warp_dots[1]. Before a warp writes array 0 again, it
-// passes the (c) of the tile in between, where every warp arrives only after it has read array 0.
+//   syncs   for each half tile: (F) its rows are here, (E) they were read (chapter 5). One (c)
+// At (c) every warp waits until all 10 warps have written their sums to warp_dots. One sync is enough,
+// because tiles use warp_dots[0] and warp_dots[1] in turn. A warp that writes to warp_dots[0] again has
+// passed the (c) of the tile between. Every warp has reached that (c) after reading warp_dots[0].
 //
 // If a row is missing, the loop multiplies old bytes in its place, and the result is not used. Without a test
 // for each row, the GPU can start the loads of all 4 rows before it multiplies.
@@ -363,18 +339,20 @@ __device__ float dot_tile(const Columns& in, int n, int skip, bool has_bias) {
   for (int half_tile = 0; half_tile < HALF_TILES; half_tile++) {
     if (half_tile * HALF_TILE_ROWS >= n) break;
 
-    // Wait until the half tile is here. Then multiply this thread's columns of its rows.
+    // Wait until the half tile is here. Then multiply. A tile's biases begin with `skip` biases of earlier
+    // rows, which workers ignore (copy_rows, chapter 5).
     wait_full();  // (F)
     for (int i = 0; i < ROWS / HALF_TILES; i++) {
       const int r = half_tile * ROWS / HALF_TILES + i;
-      for (int p = 0; p < PIECES; p++) dots[r] = dot8(weights(i * TEAMS + team, p), in + 8 * p, dots[r]);
+      for (int p = 0; p < PIECES; p++) dots[r] = dot8(row_piece(i * TEAMS + team, p), in + 8 * p, dots[r]);
     }
     if (half_tile == 0 && has_bias && my_row < n)
-      bias = __half2float(s.bias[ring.slot][skip + my_row]);
+      bias = __half2float(s.bias[cursor.slot][skip + my_row]);
     free_slot();  // (E)
   }
 
-  // Add up over the lanes of the warp, then over the warps.
+  // Add up over the 32 lanes of the warp: lane l gets the sum of row l % 8, in 9 shuffles (chapter 16). Then
+  // add up over the warps.
   float sum = reduce_rows(dots, lane);
   if (TEAM_WARPS > 1) {
     float(&of_warps)[ROWS][TEAM_WARPS] = s.warp_dots[flip][team];
@@ -394,30 +372,30 @@ Columns y;  // what the block adds to this worker's columns of x
 //   who     every worker, for its own columns of y
 //   bytes   n * C * 2 from shared memory, 41 KB for 8 rows
 //   syncs   (F) (E) for each half tile
-// In lane l, `a` is the factor of row l % 8, as dot_tile returns it. __shfl_sync(~0u, a, r) returns lane r's
-// factor. A missing row gets the factor 0. Its old bytes may be NaN, and 0 * NaN is NaN, so the thread reads
-// row 0 of the half tile in its place.
-__device__ void axpy_tile(float a, int n) {
-  if (my_row >= n) a = 0;
+// In lane l, `factor` is that of row l % 8, as dot_tile returns it. __shfl_sync(~0u, v, r, n) returns the v
+// of lane r of the n lanes of a team; ~0u says that all lanes take part. A missing row gets the factor 0. Its
+// old bytes may be NaN, and NaN times 0 is NaN, so the thread reads row 0 of the half tile in its place.
+__device__ void axpy_tile(float factor, int n) {
+  if (my_row >= n) factor = 0;
 #pragma unroll
   for (int half_tile = 0; half_tile < HALF_TILES; half_tile++) {
     if (half_tile * HALF_TILE_ROWS >= n) break;
     wait_full();  // (F)
     for (int i = 0; i < ROWS / HALF_TILES; i++) {
       const int r = half_tile * ROWS / HALF_TILES + i, slot_row = i * TEAMS + team;
-      const float of_row = __shfl_sync(~0u, a, r, LANES);
+      const float of_row = __shfl_sync(~0u, factor, r, TEAM_LANES);
       const int safe_row = half_tile * HALF_TILE_ROWS + slot_row < n ? slot_row : 0;
-      for (int p = 0; p < PIECES; p++) axpy8(of_row, weights(safe_row, p), y + 8 * p);
+      for (int p = 0; p < PIECES; p++) axpy8(of_row, row_piece(safe_row, p), y + 8 * p);
     }
     free_slot();  // (E)
   }
 }
 
 // 5. The ring =============================================================================================
-// The problem. Memory answers a request only after some time. If that is 1 us, then requests for 1 us of its
-// bytes must be under way at every moment: 35.0 KB for each processor, its share of 4.62 TB/s. If workers
-// loaded rows into registers, these bytes would take 28 registers of each worker. And no loads would start
-// while workers wait at (4).
+// The problem. Memory answers a request only after some time. If that is 1 us, then all the bytes that memory
+// delivers in 1 us must be in flight at every moment: 35.0 KB for each processor, its share of 4.62 TB/s. If
+// workers loaded rows into registers, these bytes would take 28 registers of each worker. And no loads would
+// start while workers wait at (4).
 //
 // The answer. The producer starts *bulk copies*: one instruction copies up to 20 KB from global into shared
 // memory, and hardware does the rest. The copies go into a *ring* of 10 slots of 20 KB, which the workers
@@ -428,29 +406,26 @@ __device__ void axpy_tile(float a, int n) {
 //
 // Each slot has two syncs: (F), the slot is full, and (E), the slot is empty. Both are *mbarriers*, variables
 // in shared memory on which threads can wait:
-//   1. An mbarrier goes through phases 0, 1, 2, ... A phase ends when a number of arrivals has come, which
-//      barrier_init sets, and all bytes that were announced have landed. barrier_arrive is an arrival.
+//   1. An mbarrier goes through phases 0, 1, 2, ... A phase ends when as many arrivals have come as
+//      barrier_init has set, and all announced bytes have landed. barrier_arrive is an arrival.
 //      barrier_expect is an arrival that also announces the bytes of a copy.
 //   2. The *parity* of a phase is its number modulo 2. phase_running(b, parity) is true while the current
 //      phase has this parity. So a thread waits until it is false, and flips the parity for its next wait.
+//      (Why one bit is enough: chapter 13.)
 //   3. A thread that has seen a phase end can read all that was written before the phase's arrivals, and all
 //      bytes that were announced.
-// In most places wait() waits for a phase. It is this loop with a limit, after which the launch ends with an
-// error (chapter 17).
+// Most places call wait(), which repeats phase_running() up to a limit of some seconds. Then the launch ends
+// with an error that names the sync, such as SYNC_EMPTY. wait_full() has no limit of its own; chapter 18 says
+// how a hang there is reported.
 //
 // full[slot] needs 1 arrival, the producer's, and the bytes of its copies. empty[slot] needs 10 arrivals, one
 // from each warp of workers. Two trips around the ring, for one slot:
-//     who        waits for                   then                                      which ends
-//     producer   (nothing)                   announces and copies rows A               phase 0 of full
-//     workers    full, parity 0 (phase 0)    read rows A; each warp arrives at empty   phase 0 of empty
-//     producer   empty, parity 0 (phase 0)   announces and copies rows B               phase 1 of full
-//     workers    full, parity 1 (phase 1)    read rows B; each warp arrives at empty   phase 1 of empty
-//
-// Why is one bit enough? A thread that waits for the end of phase 0 must look before phase 1 ends, or it
-// would take phase 2 for phase 0 and wait for ever. It does: phase 1 of full ends only when rows B have
-// landed. The producer copies rows B only after phase 0 of empty. That phase needs an arrival of every warp,
-// and a warp arrives only after it has seen phase 0 of full end. The same holds for empty.
-struct Ring {  // the slot of the ring that a thread uses next
+//     who        waits for                   then                                        which ends
+//     producer   (nothing)                   announces and copies 4 rows                 phase 0 of full
+//     workers    full, parity 0 (phase 0)    read the rows; each warp arrives at empty   phase 0 of empty
+//     producer   empty, parity 0 (phase 0)   announces and copies 4 later rows           phase 1 of full
+//     workers    full, parity 1 (phase 1)    read the rows; each warp arrives at empty   phase 1 of empty
+struct Cursor {  // the slot of the ring that a thread uses next
   int slot = 0;
   uint32_t parity = 0;  // 0 in the first trip around the ring, 1 in the second, 0 again
   __device__ void advance() {
@@ -458,42 +433,44 @@ struct Ring {  // the slot of the ring that a thread uses next
   }
 };
 
-Ring ring;  // where this worker reads
+Cursor cursor;  // where this worker reads
 
 __device__ void wait_full() const {
-  while (phase_running(&s.full[ring.slot], ring.parity)) {}  // (F)
+  while (phase_running(&s.full[cursor.slot], cursor.parity)) {}  // (F)
 }
 
 __device__ void free_slot() {
-  __syncwarp();  // (E) waits until all lanes of the warp have read
-  if (lane == 0) barrier_arrive(&s.empty[ring.slot]);     // (E)
-  ring.advance();
+  __syncwarp();                                          // (E) waits until all lanes of the warp have read
+  if (lane == 0) barrier_arrive(&s.empty[cursor.slot]);  // (E)
+  cursor.advance();
 }
 
 // RULE. A slot has no label. The producer has to copy exactly the tiles that the workers use, in the same
 // order, so copy_layers() below has the same loops as Worker::run. With a wrong order, workers multiply wrong
 // rows, and the tests, which compare every stage with float64, turn red. With a wrong number of tiles, the
-// launch ends with an error about (F) or (E) after some seconds.
-static constexpr int KV_TOKENS = SLOT_BYTES / (4 * HS);  // cached tokens in a slot: half k, half v [64]
+// launch ends with an error about (F) or (E). So a new stage has to be added to Worker::run and to its model
+// in numpy, emulator/emulator.py, to copy_layers() if it reads rows, and to make_plan() if some blocks do
+// more of it than others (chapter 10).
+static constexpr int KV_POSITIONS = SLOT_BYTES / (4 * HS);  // cached positions in a slot [64]
 
 struct Producer {  // one thread of each block
   const Model& m;
   Shared& s;
   const uint64_t policy = read_once_policy();
-  Ring ring;
-  uint32_t token_parity = 0;             // parity of (h)
-  unsigned long long earliest_ns = 0;    // no copy may start before this time
+  Cursor cursor;
+  uint32_t token_parity = 0;           // parity of (h): see copy_layers
+  unsigned long long earliest_ns = 0;  // no copy may start before this time
 
-  // Waits until the next slot is empty and until it is time for the copy (keep_pace, chapter 16). Then
-  // announces the copy's bytes. In the first trip nothing waits at (E): it waits for a phase of parity 1, and
-  // the current phase is phase 0.
+  // Waits until the next slot is empty and until it is time for the copy (keep_pace, chapter 17). Then
+  // announces the copy's bytes. In the first trip all slots are empty, and the producer does not wait at (E):
+  // it asks for the end of a phase of parity 1, while phase 0 is running.
   __device__ void claim(uint32_t bytes) {
-    wait(m, s, &s.empty[ring.slot], ring.parity ^ 1, SYNC_EMPTY);  // (E)
+    wait(m, s, &s.empty[cursor.slot], cursor.parity ^ 1, SYNC_EMPTY);  // (E)
     keep_pace(earliest_ns, bytes);
-    barrier_expect(&s.full[ring.slot], bytes);  // (F)
+    barrier_expect(&s.full[cursor.slot], bytes);  // (F)
   }
   __device__ void copy(void* to, const void* from, uint32_t bytes) {
-    bulk_copy(to, from, bytes, &s.full[ring.slot], policy);
+    bulk_copy(to, from, bytes, &s.full[cursor.slot], policy);
   }
 
   // Copies rows first .. end - 1 of a matrix, 4 rows a slot, and their biases, if there are any. The biases
@@ -506,14 +483,14 @@ struct Producer {  // one thread of each block
         const int bytes = min(HALF_TILE_ROWS, n - i) * C * 2;
         const int bias_bytes = bias && i == 0 ? ceil_div(skip + n, 8) * 16 : 0;
         claim(bytes + bias_bytes);
-        copy(s.slots[ring.slot], matrix + (size_t)(row + i) * C, bytes);
-        if (bias_bytes) copy(s.bias[ring.slot], bias + row - skip, bias_bytes);
-        ring.advance();
+        copy(s.slots[cursor.slot], matrix + (size_t)(row + i) * C, bytes);
+        if (bias_bytes) copy(s.bias[cursor.slot], bias + row - skip, bias_bytes);
+        cursor.advance();
       }
     }
   }
 
-  // Copies hidden units: a tile of up rows, then the down rows of the same units, and so on.
+  // Copies a tile of up rows, then the down rows of the same units, and so on.
   __device__ void copy_units(const Layer& w, const Plan& plan, int& done, int end) {
     for (; done < end; done += TILE_ROWS) {
       const int unit = plan.units.at(done), n = min(TILE_ROWS, end - done);
@@ -522,69 +499,69 @@ struct Producer {  // one thread of each block
     }
   }
 
-  // Copies keys and values of cached tokens, 64 tokens a slot. This step's own k and v are not in the cache
-  // yet. S5 takes them from shared memory.
-  __device__ void copy_tokens(const half* k, const half* v, int first, int end) {
-    for (int t = first; t < end; t += KV_TOKENS) {
-      const int bytes = min(KV_TOKENS, end - t) * HS * 2;
+  // Copies keys and values of 64 cached positions a slot. This step's own k and v are not in the cache yet.
+  // S5 takes them from shared memory.
+  __device__ void copy_cached(const half* k, const half* v, int first, int end) {
+    for (int t = first; t < end; t += KV_POSITIONS) {
+      const int bytes = min(KV_POSITIONS, end - t) * HS * 2;
       claim(2 * bytes);
-      copy(s.slots[ring.slot], k + (size_t)t * HS, bytes);
-      copy(s.slots[ring.slot] + KV_TOKENS * HS, v + (size_t)t * HS, bytes);
-      ring.advance();
+      copy(s.slots[cursor.slot], k + (size_t)t * HS, bytes);
+      copy(s.slots[cursor.slot] + KV_POSITIONS * HS, v + (size_t)t * HS, bytes);
+      cursor.advance();
     }
   }
 
   // Copies what the layers of one token need. The producer may be a token ahead of the workers, so it has a
   // plan of its own.
-  __device__ void copy_layers(const Plan& plan, int first_layer, int end_layer, bool is_first_token) {
+  __device__ void copy_layers(const Plan& plan, int first_layer, int end_layer, bool first_of_launch) {
     for (int layer = first_layer; layer < end_layer; layer++) {
       const Layer& w = m.layers[layer];
       int done = 0;
       for (int head = plan.cluster; head < NH; head += plan.clusters) {
         const int qkv = head * 3 * HS + plan.rank * QKV_ROWS, out = head * HS + plan.rank * OUT_ROWS;
-        copy_rows(w.w_qkv, w.b_qkv, qkv, qkv + QKV_ROWS);                      // S2
+        copy_rows(w.w_qkv, w.b_qkv, qkv, qkv + QKV_ROWS);                     // S2
         copy_units(w, plan, done, min(done + plan.filler, plan.units.size));  // S8
 
         // Only copies of keys and values depend on earlier tokens. Before the first of them, wait until the
         // workers have finished the previous token: (h). Blocks without a head copy no keys and need not
         // wait.
-        if (!is_first_token && layer == 0 && head == plan.cluster) {
+        if (!first_of_launch && layer == 0 && head == plan.cluster) {
           wait(m, s, &s.token_ready, token_parity, SYNC_TOKEN);           // (h)
           token_parity ^= 1;
           order_copies();
         }
-        copy_tokens(cache_row(m, layer, 0, head, 0), cache_row(m, layer, 1, head, 0),
-                      plan.first_token, plan.end_token);                 // S5
+        copy_cached(cache_row(m, layer, 0, head, 0), cache_row(m, layer, 1, head, 0),
+                    plan.first_cached, plan.end_cached);                      // S5
         copy_units(w, plan, done, min(done + plan.filler, plan.units.size));  // S8
-        copy_rows(w.w_out, nullptr, out, out + OUT_ROWS);                      // S7
+        copy_rows(w.w_out, nullptr, out, out + OUT_ROWS);                     // S7
       }
-      copy_units(w, plan, done, plan.units.size);                       // S8
+      copy_units(w, plan, done, plan.units.size);                             // S8
     }
   }
 
-  __device__ void run(int first_layer, int end_layer, int first, int end, bool with_lm_head) {
-    for (int position = first; position < end; position++) {
+  __device__ void copy_all(int first_layer, int end_layer, int first_position, int end_position,
+                           bool with_lm_head) {
+    for (int position = first_position; position < end_position; position++) {
       const Plan plan = make_plan(blockIdx.x, gridDim.x, position);
-      copy_layers(plan, first_layer, end_layer, position == first);
+      copy_layers(plan, first_layer, end_layer, position == first_position);
       if (with_lm_head)
         for (int i = 0; i < s.lm_rows.size; i += TILE_ROWS) {
           const int row = s.lm_rows.at(i);
           copy_rows(m.embed_out, nullptr, row, row + min(TILE_ROWS, s.lm_rows.size - i));
         }
     }
-    wait(m, s, &s.workers_done, 0, SYNC_FULL);  // stays until all workers are done: chapter 17
+    wait(m, s, &s.workers_done, 0, SYNC_FULL);  // stays until all workers are done: chapter 18
   }
 };
 
-// 6. LayerNorm and hidden units: the MLP is complete ======================================================
+// 6. LayerNorm and hidden units =============================================================================
 
 // A worker's columns of the gains and biases of two LayerNorms.
 struct Norms { uint4 w1[PIECES], b1[PIECES], w2[PIECES], b2[PIECES]; };
 Norms norms;
 
 // Starts to load this thread's columns of a layer's gains and biases. Layer L stands for the final LayerNorm.
-// The compiler would delay a plain load until its first use, after the next sync; load16 (chapter 18) loads
-// at once.
+// load16 is a load that the compiler cannot delay.
 __device__ Norms load_norms(int layer) const {
   const Layer& w = m.layers[min(layer, L - 1)];
   Norms n;
@@ -604,13 +581,8 @@ __device__ Norms load_norms(int layer) const {
 //   bytes   8 * C, 20 KB
 //   syncs   (b) makes every warp wait for warp_stats of all warps. There is always another sync of the block
 //           before they are written again
-// The mean of squares minus the square of the mean would subtract two large numbers where the mean is large.
-// So each thread takes the mean of its 8 values, and `squares`, the sum of squared distances from this mean.
-// Then groups are merged exactly (Chan, Golub, LeVeque 1979). Two lanes a and b with n values each:
-//     mean    = (mean_a + mean_b) / 2
-//     squares = squares_a + squares_b + (mean_a - mean_b)^2 * n / 2
-// The 10 warps, with n values each, are merged at once: mean is the mean of the 10 means, and each warp adds
-// squares_w + n * (mean_w - mean)^2.
+// Each thread takes the mean of its 8 values, and `squares`, the sum of squared distances from this mean.
+// Then lanes and warps are merged. Chapter 16 has the formulas, and says why.
 static constexpr float LN_EPS = 1e-5f;
 
 __device__ void normalize(Columns& x) const {
@@ -619,15 +591,15 @@ __device__ void normalize(Columns& x) const {
   mean /= n;
   for (int i = 0; i < COLS; i++) squares += (x[i] - mean) * (x[i] - mean);
 
-  // Merge with the lane at distance 1, then 2, 4, 8 and 16.
-  for (int apart = 1; apart < LANES; apart *= 2) {
+  // Merge with the lane at distance 1, then 2, 4, 8 and 16. __shfl_xor_sync returns the value of the lane at
+  // a distance.
+  for (int apart = 1; apart < TEAM_LANES; apart *= 2) {
     const float other = __shfl_xor_sync(~0u, mean, apart);
     squares += __shfl_xor_sync(~0u, squares, apart) + (other - mean) * (other - mean) * (0.5f * n);
     mean = 0.5f * (mean + other);
     n *= 2;
   }
 
-  // Merge the warps.
   if (TEAM_WARPS > 1) {
     float(&of_warps)[TEAM_WARPS][2] = s.warp_stats[team];
     if (lane == 0) of_warps[team_warp][0] = mean, of_warps[team_warp][1] = squares;
@@ -651,46 +623,47 @@ __device__ void affine(const Columns& x, const uint4* gain, const uint4* bias, C
 
 // S8 HIDDEN UNITS
 //   math    h_j = gelu(dot(up row j, xn2) + b_j), y += h_j * down row j
-//   who     each block, for its own units. No other block needs h_j
+//   who     each block, for its own units
 //   bytes   4 * C for a unit, 10 KB
-//   syncs   (F) (E) for each half tile; (c) for each tile
-// gelu(a) = a / 2 * (1 + erf(a / sqrt 2)). Pythia was trained with this exact form; many models use tanh
-// instead, which differs by up to 5e-4.
+//   syncs   (F) (E) for each half tile; (c) for each tile of up rows
+// gelu(u) = u / 2 * (1 + erf(u / sqrt 2)). Pythia's config.json asks for this exact form. Other models use
+// tanh instead, which differs by up to 5e-4.
 __device__ void hidden_units(const Columns& xn2, int& done, int end) {
   for (; done < end; done += TILE_ROWS) {
     const int unit = plan.units.at(done), n = min(TILE_ROWS, end - done);
-    const float a = dot_tile(xn2, n, unit % 8, true);
-    const float hidden = 0.5f * a * (1 + erff(a * 0.70710678f));
-    if (my_row < n) tap(TAP_H + unit + my_row, hidden);
-    axpy_tile(hidden, n);
+    const float u = dot_tile(xn2, n, unit % 8, true);
+    const float h = 0.5f * u * (1 + erff(u * 0.70710678f));
+    if (my_row < n) tap(TAP_H + unit + my_row, h);
+    axpy_tile(h, n);
   }
 }
 
 // 7. A head on a cluster ==================================================================================
 // The problem. The two blocks of a cluster share a head. Each computes 120 of the 240 rows of q, k and v, but
-// both need all of q for attention. Each attends to half of the tokens, but o needs both halves. At the end
-// each has a y, and x needs the sum. So the cluster exchanges data three times in a layer.
+// both need all of q for attention. Each attends to half of the positions, but o needs both halves. At the
+// end each has a y, and x needs the sum. So the cluster exchanges data three times in a layer.
 //
-// The answer. Another block of the same cluster is a *peer*. A *push* is a store into a peer's shared memory.
-// The sender goes on at once. When the data lands, the hardware counts its bytes on an mbarrier of the peer,
-// and the peer waits on that. (A load from a peer would be a round trip. A plain store would need a barrier
-// of both blocks.) The array that a push goes to is an *inbox*. A rank pushes to its own inboxes, too, so
-// that all parts are handled alike.
+// The answer. A *push* is a store into the shared memory of another block of the cluster, a *peer*. The
+// sender goes on at once. When the data lands, the hardware counts its bytes on an mbarrier of the peer, and
+// the peer waits on that. (A load from a peer would be a round trip. A plain store would need a barrier of
+// both blocks.) The array that a push goes to is an *inbox*. A rank pushes to its own inboxes, too, so that
+// all parts are handled alike.
+//
+// In a *ClusterGather* every rank gets all parts. In a *ClusterReduce* each rank gets all parts of what it
+// owns, and adds them up (ClusterFusion, arXiv 2508.18850).
 //
 //     sync  inbox            what each rank pushes                   to which rank
 //     (1)   qkv              its 120 rows of q, k, v                 all ranks: a ClusterGather
-//     (2)   peer_o           o of its 64 tokens, in parts            owner of the dimension: a ClusterReduce
-//           peer_peak_denom  two numbers that are needed to merge o  all ranks
+//     (2)   rank_o           o of its 64 positions, in parts         owner of the dimension: a ClusterReduce
+//           rank_peak_denom  peak and denom of its positions (S5)    all ranks
 //     (3)   sums             its y, in parts                         owner of the column: a ClusterReduce
 //
-// In a ClusterGather every rank gets all parts. In a ClusterReduce each rank gets all parts of what it owns,
-// and adds them up (ClusterFusion, arXiv 2508.18850).
+// When may a rank push into an inbox again? When it has seen that the receiver has read the inbox. No extra
+// signal is needed for this. Some later message of the receiver, for which the sender waits anyway, is sent
+// only after the receiver has read the inbox. Chapter 13 has this message for each inbox.
 //
-// An inbox has no signal that it is free. Before a peer pushes into an inbox again, it waits for a later
-// message from the inbox's owner, and the owner sends that message only after it has read the inbox. Chapter
-// 13 has an example with times.
-//
-// peer(p, r) is the address of p in the shared memory of rank r. push stores one float there, push4 four.
+// in_rank(place, r) is the address of `place` in the shared memory of rank r. push stores one float there,
+// push4 four.
 
 static constexpr int QKV_ROWS = 3 * HS / RANKS;  // rows of a head's q, k, v that one rank computes [120]
 static constexpr int OUT_ROWS = HS / RANKS;      // output rows, and dimensions of o, that one rank has [40]
@@ -698,10 +671,10 @@ static constexpr int OWN = C / RANKS;            // columns of the cluster's y t
 
 // CLUSTERGATHER of the 8 results of a dot tile. Every warp has them all, so warp 0 alone pushes: its lanes 0
 // to 7 push to rank 0, lanes 8 to 15 to rank 1.
-__device__ void cluster_gather(float* place, float value, bool valid, uint64_t* ready) const {
+__device__ void cluster_gather(float* to, float value, bool valid, uint64_t* ready) const {
   if (!valid || team_warp > 0) return;
-  for (int r = lane % LANES / ROWS; r < RANKS; r += LANES / ROWS)
-    push(peer(place, r), value, peer(ready, r));  // (1)
+  for (int r = lane % TEAM_LANES / ROWS; r < RANKS; r += TEAM_LANES / ROWS)
+    push(in_rank(to, r), value, in_rank(ready, r));  // (1)
 }
 
 // S2 QKV
@@ -710,11 +683,10 @@ __device__ void cluster_gather(float* place, float value, bool valid, uint64_t* 
 //   bytes   3 * HS * C * 2 / RANKS, 614 KB
 //   syncs   (F) (E) for each half tile; (c) for each tile; (1) later, after some hidden units
 __device__ void qkv_rows(const Columns& xn1, int head) {
-  // Expect q, k and v from all ranks: 960 bytes. Some may land before this call. The phase cannot end before
-  // it, because it also needs this arrival.
+  // Expect q, k and v from all ranks: 960 bytes. Some may land before this call. That is safe, because the
+  // phase cannot end without the arrival made here.
   if (tid == 0) barrier_expect(&s.qkv_ready, sizeof(s.qkv));  // (1)
 
-  // Compute 8 rows at a time, and push each to all ranks.
   const int first = plan.rank * QKV_ROWS;
   for (int i = 0; i < QKV_ROWS; i += TILE_ROWS) {
     const int n = min(TILE_ROWS, QKV_ROWS - i);
@@ -739,116 +711,114 @@ __device__ void wait_for_qkv() const {
 // rounded to fp16, as they are in the cache, so this step sees the same k and v as all later steps.
 __device__ void rotate_and_append(int layer, int head, int position) const {
   for (int i = tid; i < 3 * HS; i += WORKERS) {
-    const int which = i / HS, d = i % HS;  // q, k or v; the dimension
-    const float* v = s.qkv + which * HS;
-    float value = v[d];
+    const int kind = i / HS, d = i % HS;  // q, k or v; the dimension
+    const float* vector = s.qkv + kind * HS;
+    float value = vector[d];
 
-    // Rotate the first ROT dimensions of q and k.
-    if (which < 2 && d < ROT) {
+    // Rotate the first ROT dimensions of q and k. The partner of dimension d is half of ROT away.
+    if (kind < 2 && d < ROT) {
       const int angle = d % (ROT / 2);
-      const float other = d < ROT / 2 ? -v[(d + ROT / 2) % ROT] : v[(d + ROT / 2) % ROT];
+      const float other = d < ROT / 2 ? -vector[(d + ROT / 2) % ROT] : vector[(d + ROT / 2) % ROT];
       value = fmaf(value, s.rope_cos[angle], other * s.rope_sin[angle]);
     }
 
-    // Keep q in fp32, scaled for the softmax. Keep k and v in fp16, and append them to the cache.
-    if (which == 0) {
+    // Keep q in fp32, scaled for the softmax. Round k and v to fp16, and append them to the cache.
+    if (kind == 0) {
       s.q[d] = value * (rsqrtf((float)HS) * 1.44269504f);  // log2(e), see S5
       tap(TAP_Q + head * HS + d, value);
     } else {
-      (which == 1 ? s.k_now : s.v_now)[d] = __float2half_rn(value);
+      (kind == 1 ? s.k_now : s.v_now)[d] = __float2half_rn(value);
       if (plan.rank == RANKS - 1)
-        cache_row(m, layer, which - 1, head, position)[d] = __float2half_rn(value);
-      tap((which == 1 ? TAP_K : TAP_V) + head * HS + d, value);
+        cache_row(m, layer, kind - 1, head, position)[d] = __float2half_rn(value);
+      tap((kind == 1 ? TAP_K : TAP_V) + head * HS + d, value);
     }
   }
   workers_sync();  // (d)
 }
 
-// S5 ATTEND. The softmax takes tokens a few at a time ("online softmax") and works with powers of 2:
-//   1. A set of tokens with scores score_t has three results: peak = max score_t, denom = the sum of
+// S5 ATTEND. The softmax takes positions a few at a time ("online softmax") and works with powers of 2:
+//   1. A set of positions with scores score_t has three results: peak = max score_t, denom = the sum of
 //      2^(score_t - peak), and o = the sum of 2^(score_t - peak) * v_t. The attention of the set is o /
-//      denom.
+//      denom. The division comes last, in S6.
 //   2. To merge two sets, take the larger peak. Multiply each set's denom and o by 2^(its peak - larger
-//      peak), which shrinks them to this peak. Then add both denoms and both o. Sets of lanes are merged in
-//      attend(), of warps in push_attention(), of ranks in S6.
+//      peak), which shrinks them to this peak. Then add both denoms and both o. attend() merges the results
+//      of lanes, push_attention() those of warps, S6 those of ranks.
 //   3. The GPU computes 2^x in one instruction, but not e^x. So S3 has multiplied q by log2(e).
 //
-//   math    score_t = dot(q, k_t); then peak, denom and o of this rank's tokens
-//   who     rank r: cached tokens first_token .. end_token - 1. The token of this step goes to the last rank,
-//           which never has more cached tokens than the others. In a warp, 16 lanes share a token: 10 of them
-//           have 8 of the 80 dimensions each, and 6 have none
-//   bytes   4 * HS * T / RANKS, 20 KB; with T = 2048, 328 KB, which takes 9.4 us
+//   math    score_t = dot(q, k_t); then peak, denom and o of this rank's positions
+//   who     rank r: cached positions first_cached .. end_cached - 1. This step's own position goes to the
+//           last rank, which never has more cached positions than the others. In a warp, 16 lanes share a
+//           position: 10 of them have 8 of the 80 dimensions each, and 6 have none
+//   bytes   4 * HS * T / RANKS, 20 KB; with T = 2047, 328 KB, which takes 9.4 us
 //   syncs   (F) (E) for each slot; (e) makes push_attention wait for the results of all warps; (2) later
-static constexpr int TOKEN_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // lanes a token [16]
-static constexpr int WARP_TOKENS = 32 / TOKEN_LANES;  // tokens that a warp takes at once [2]
+static constexpr int POSITION_LANES = HS <= 32 ? 4 : HS <= 64 ? 8 : HS <= 128 ? 16 : 32;  // [16]
+static constexpr int WARP_POSITIONS = 32 / POSITION_LANES;  // positions that a warp takes at once [2]
 
 __device__ void attend() {
-  // Expect results from all ranks.
-  if (tid == 0) barrier_expect(&s.attention_ready, sizeof(s.peer_o) + sizeof(s.peer_peak_denom));  // (2)
+  if (tid == 0) barrier_expect(&s.attention_ready, sizeof(s.rank_o) + sizeof(s.rank_peak_denom));  // (2)
 
-  // This lane has dimensions d .. d + 7. In a slot it takes token 2 * warp + which, then every 20th token.
-  const int d = lane % TOKEN_LANES * 8, which = lane / TOKEN_LANES;
+  // This lane has dimensions d .. d + 7. In a slot it takes position 2 * warp + in_warp, then every 20th.
+  const int d = lane % POSITION_LANES * 8, in_warp = lane / POSITION_LANES;
   const bool has_d = d < HS;
   float q[8], o[8] = {}, peak = -1e30f, denom = 0;  // results of the empty set
   for (int i = 0; i < 8; i++) q[i] = has_d ? s.q[d + i] : 0.f;
 
-  // The last warp of the last rank starts with the token of this step.
+  // The last warp of the last rank starts with this step's own position.
   if (plan.rank == RANKS - 1 && warp == WARPS - 1) {
     float score = has_d ? dot8(as16(s.k_now + d), q, 0) : 0.f;
-    for (int apart = 1; apart < TOKEN_LANES; apart *= 2) score += __shfl_xor_sync(~0u, score, apart);
-    if (which == 0) {
+    for (int apart = 1; apart < POSITION_LANES; apart *= 2) score += __shfl_xor_sync(~0u, score, apart);
+    if (in_warp == 0) {
       peak = score; denom = 1;
       if (has_d) widen(as16(s.v_now + d), o);
     }
   }
 
-  // For each slot of keys and values:
-  constexpr int STRIDE = WARPS * WARP_TOKENS, BATCH = ceil_div(KV_TOKENS, STRIDE);  // a lane's tokens [4]
-  for (int t0 = plan.first_token; t0 < plan.end_token; t0 += KV_TOKENS) {
-    const int n = min(KV_TOKENS, plan.end_token - t0);
+  constexpr int STRIDE = WARPS * WARP_POSITIONS, BATCH = ceil_div(KV_POSITIONS, STRIDE);  // [20, 4]
+  for (int t0 = plan.first_cached; t0 < plan.end_cached; t0 += KV_POSITIONS) {
+    const int n = min(KV_POSITIONS, plan.end_cached - t0);
     wait_full();  // (F)
-    const half *k = s.slots[ring.slot] + d, *v = k + KV_TOKENS * HS;
-    const int base = warp * WARP_TOKENS + which;
+    const half *k = s.slots[cursor.slot] + d, *v = k + KV_POSITIONS * HS;
+    const int base = warp * WARP_POSITIONS + in_warp;
 
-    // Compute the scores of up to 4 tokens, and the largest of them, in two loops: the first has only loads
-    // and products, the second the shuffles. In one loop, each load would wait for the shuffles of the token
-    // before. At T = 2000 this would cost 2.1 %.
+    // Compute the scores of up to 4 positions, and the largest of them, in two loops: the first has only
+    // loads and products, the second the shuffles. In one loop, each load would wait for the shuffles of the
+    // position before. With T = 2000 this would cost 2.1 %.
     float score[BATCH], higher = peak;
     for (int u = 0; u < BATCH; u++) {
-      const int t = base + u * STRIDE;
-      score[u] = t < n && has_d ? dot8(as16(k + t * HS), q, 0) : 0.f;
+      const int at = base + u * STRIDE;
+      score[u] = at < n && has_d ? dot8(as16(k + at * HS), q, 0) : 0.f;
     }
     for (int u = 0; u < BATCH; u++) {
-      for (int apart = 1; apart < TOKEN_LANES; apart *= 2)
+      for (int apart = 1; apart < POSITION_LANES; apart *= 2)
         score[u] += __shfl_xor_sync(~0u, score[u], apart);
       if (base + u * STRIDE < n) higher = fmaxf(higher, score[u]);
     }
 
-    // Merge: shrink the results so far to the new peak, and add these tokens.
+    // Merge: shrink the results so far to the new peak, and add these positions.
     const float shrink = exp2f(peak - higher);
     peak = higher; denom *= shrink;
     for (int i = 0; i < 8; i++) o[i] *= shrink;
     for (int u = 0; u < BATCH; u++) {
-      const int t = base + u * STRIDE;
-      if (t < n) {  // later rows hold old bytes, perhaps NaN
+      const int at = base + u * STRIDE;
+      if (at < n) {  // later rows hold old bytes, perhaps NaN
         const float p = exp2f(score[u] - peak);
         denom += p;
-        if (has_d) axpy8(p, as16(v + t * HS), o);
+        if (has_d) axpy8(p, as16(v + at * HS), o);
       }
     }
     free_slot();  // (E)
   }
 
-  // Merge lanes that hold the same dimensions, but of different tokens.
-  for (int apart = TOKEN_LANES; apart < 32; apart *= 2) {
+  // Merge lanes that hold the same dimensions, but of different positions.
+  for (int apart = POSITION_LANES; apart < 32; apart *= 2) {
     const float higher = fmaxf(peak, __shfl_xor_sync(~0u, peak, apart)), shrink = exp2f(peak - higher);
     peak = higher;
     denom *= shrink; denom += __shfl_xor_sync(~0u, denom, apart);
     for (int i = 0; i < 8; i++) { o[i] *= shrink; o[i] += __shfl_xor_sync(~0u, o[i], apart); }
   }
 
-  // Leave the warp's results in shared memory. Then merge the warps, a thread for each dimension.
-  if (which == 0 && has_d)
+  // Leave the warp's results in shared memory.
+  if (in_warp == 0 && has_d)
     for (int i = 0; i < 8; i++) s.warp_o[warp][d + i] = o[i];
   if (lane == 0) s.warp_peak[warp] = peak, s.warp_denom[warp] = denom;
   workers_sync();  // (e)
@@ -866,10 +836,10 @@ __device__ void push_attention() const {
     o = fmaf(shrink, s.warp_o[from][tid], o);
   }
   const int owner = tid / OUT_ROWS;
-  push(peer(&s.peer_o[plan.rank][tid % OUT_ROWS], owner), o, peer(&s.attention_ready, owner));  // (2)
+  push(in_rank(&s.rank_o[plan.rank][tid % OUT_ROWS], owner), o, in_rank(&s.attention_ready, owner));  // (2)
   if (tid < RANKS) {
-    push(peer(&s.peer_peak_denom[plan.rank][0], tid), peak, peer(&s.attention_ready, tid));   // (2)
-    push(peer(&s.peer_peak_denom[plan.rank][1], tid), denom, peer(&s.attention_ready, tid));  // (2)
+    push(in_rank(&s.rank_peak_denom[plan.rank][0], tid), peak, in_rank(&s.attention_ready, tid));   // (2)
+    push(in_rank(&s.rank_peak_denom[plan.rank][1], tid), denom, in_rank(&s.attention_ready, tid));  // (2)
   }
 }
 
@@ -880,17 +850,16 @@ __device__ void wait_for_attention() {
 
 // S6 MERGE, S7 OUT ROWS. The second half of the CLUSTERREDUCE of o, and output rows
 //   math    o = sum_r 2^(peak_r - peak) o_r / sum_r 2^(peak_r - peak) denom_r; then y += o[d] * output row d
-//   who     rank r: OUT_ROWS dimensions, from r * OUT_ROWS on. Every warp merges all of them: in each tile,
-//           lane l merges the dimension of row l % 8
+//   who     rank r: OUT_ROWS dimensions, from r * OUT_ROWS on. Every warp merges all of them
 //   bytes   HS * C * 2 / RANKS, 205 KB
 //   syncs   (F) (E) for each half tile
 __device__ void out_rows(int head) {
   // How much each rank's results shrink, and the common denominator.
-  float peak = s.peer_peak_denom[0][0], shrink[RANKS], denom = 0;
-  for (int r = 1; r < RANKS; r++) peak = fmaxf(peak, s.peer_peak_denom[r][0]);
+  float peak = s.rank_peak_denom[0][0], shrink[RANKS], denom = 0;
+  for (int r = 1; r < RANKS; r++) peak = fmaxf(peak, s.rank_peak_denom[r][0]);
   for (int r = 0; r < RANKS; r++) {
-    shrink[r] = exp2f(s.peer_peak_denom[r][0] - peak);
-    denom = fmaf(shrink[r], s.peer_peak_denom[r][1], denom);
+    shrink[r] = exp2f(s.rank_peak_denom[r][0] - peak);
+    denom = fmaf(shrink[r], s.rank_peak_denom[r][1], denom);
   }
 
   // For each tile, merge o for this lane's row. Then add all rows of the tile, each times its o, to y.
@@ -898,7 +867,7 @@ __device__ void out_rows(int head) {
     const int n = min(TILE_ROWS, OUT_ROWS - i);
     float o = 0;
     if (my_row < n) {
-      for (int r = 0; r < RANKS; r++) o = fmaf(shrink[r], s.peer_o[r][i + my_row], o);
+      for (int r = 0; r < RANKS; r++) o = fmaf(shrink[r], s.rank_o[r][i + my_row], o);
       o /= denom;
       tap(TAP_O + head * HS + plan.rank * OUT_ROWS + i + my_row, o);
     }
@@ -906,20 +875,20 @@ __device__ void out_rows(int head) {
   }
 }
 
-// S9 SUM, first half: CLUSTERREDUCE of y
+// S9 SUM, second part: CLUSTERREDUCE of y
 //   math    sums[r][c] = y of rank r, for the columns c that this rank owns
 //   who     every thread pushes its 8 columns to the rank that owns them
-//   bytes   4 * C, 10 KB to the shared memories of the cluster
+//   bytes   4 * C, 10 KB, to the shared memories of the cluster
 //   syncs   (3)
-// Why does the cluster add up first? Additions to the same number of x wait for each other, so fewer are
-// better. Without this step a token takes 2.9 % longer.
+// Why does the cluster add up first? L2 makes additions to the same column of x one after another, so fewer
+// are better. Without this adding-up a token takes 2.9 % longer.
 __device__ void cluster_reduce() {
   if (tid == 0) barrier_expect(&s.sums_ready, sizeof(s.sums));  // (3)
   for (int p = 0; p < PIECES; p++) {
     const int c = column(8 * p), owner = c / OWN;
-    const uint32_t place = peer(&s.sums[plan.rank * TEAMS + team][c % OWN], owner),
-                   ready = peer(&s.sums_ready, owner);
-    for (int i = 0; i < 8; i += 4) push4(place + 4 * i, y + 8 * p + i, ready);  // (3)
+    const uint32_t to = in_rank(&s.sums[plan.rank * TEAMS + team][c % OWN], owner),
+                   ready = in_rank(&s.sums_ready, owner);
+    for (int i = 0; i < 8; i += 4) push4(to + 4 * i, y + 8 * p + i, ready);  // (3)
   }
   wait(m, s, &s.sums_ready, sums_parity, SYNC_SUMS);  // (3)
   sums_parity ^= 1;
@@ -930,60 +899,40 @@ __device__ void cluster_reduce() {
 // buffer, add floating-point numbers to it, and count finished blocks in a separate counter. This costs three
 // things:
 //   - The last bits of a floating-point sum depend on the order of additions, which changes from run to run.
-//   - A block may increment the counter only after its additions have arrived, for which it waits about 1 us.
+//   - A block may increment the counter only after its additions have arrived, and this takes about 1 us.
 //   - The buffer has to be cleared, and all blocks have to wait for that.
 //
 // The answer to all three is a 64-bit *word* for each column of x, which holds a value and a count:
 //
-//     bits 63 .. 9    the value, an integer in units of 2^-22. Sums of integers do not depend on the order
+//     bits 63 .. 9    the value, an integer multiple of 2^-22. Sums of integers do not depend on the order
 //     bits 8 .. 0     the count of additions to this word
 //
-// All processors reach global memory through one cache, L2, and L2 can add: a thread sends it an address and
-// a number, and goes on. The addition is *atomic*: it changes value and count in one step. When the count
-// shows that every cluster has added, the word is *complete*. A reader that finds a smaller count reads
-// again. No block waits for its own additions. With a separate counter, a token takes 1233 us instead of
-// 1203.
+// L2 can add: a thread sends it an address and a number, and goes on. The addition is *atomic*: it changes
+// value and count in one step. When the count shows that every cluster and the carrier (below) have added,
+// the word is *complete*. A reader that finds another count reads again. With a separate counter, a token
+// takes 1233 us instead of 1203.
+//
+// addend(v) is what to add to a word so that its value grows by v and its count by 1. value_of is a word's
+// value. lacking is 0 if two words have the wanted count. x has to stay below 65536 in magnitude (chapter
+// 16).
 //
 // Three kinds of access are used between blocks:
 //   relaxed   the access is atomic, in L2. It says nothing about other data
-//   release   an addition that also publishes. It arrives only after all that its thread has written before,
-//             and all that other threads of the block wrote before the last sync of the block
-//   acquire   a load. If it finds the result of a release, its thread then sees all that the release
-//             published
+//   release   an addition that becomes visible only after everything that its thread wrote before it, and
+//             that the other threads of the block wrote before the last sync of the block
+//   acquire   a load. If it finds the result of a release, its thread then sees all those earlier writes, too
 // At (4) relaxed is enough, because the data is its own flag. At (5) the flag is a counter, separate from the
 // data, so (5) needs a release and an acquire.
 
-// A number that is 65536 or more in magnitude, or not finite, makes the word NaN (chapter 15). Then the
-// logits are NaN, the token is -1, and the host ends the text with an error. Does this happen with real
-// checkpoints? In a checkpoint that works in PyTorch's fp16, which overflows at 65504, x stays below 65536.
-// How close real checkpoints come was not measured.
-static constexpr float FIXED_ONE = 1 << 22, FIXED_LIMIT = 1 << 16;
-static constexpr long long FIXED_NAN = 1ll << 47, FIXED_EDGE = 1ll << 46;
-static constexpr int COUNT_BITS = 9, LAP = 256, MOST_CLUSTERS = 254;  // chapter 15 explains 254
-
-static __device__ long long to_word(float v) {  // what to add to a word, so that its value grows by v
-  return (fabsf(v) < FIXED_LIMIT ? __float2ll_rn(v * FIXED_ONE) : FIXED_NAN) * (1 << COUNT_BITS) + 1;
-}
-static __device__ float from_word(long long word) {
-  const long long value = word >> COUNT_BITS;
-  const bool fits = value > -FIXED_EDGE && value < FIXED_EDGE;
-  return fits ? __ll2float_rn(value) * (1 / FIXED_ONE) : __int_as_float(0x7fffffff);  // else NaN
-}
-// Returns 0 if both words have the wanted count. Otherwise the result is not 0, and if the same number of
-// additions is missing in both, it is that number.
-static __device__ unsigned lacking(const longlong2& words, unsigned wanted) {
-  return ((wanted - (unsigned)words.x) | (wanted - (unsigned)words.y)) % (1 << COUNT_BITS);
-}
-
-// Within a launch, no buffer is cleared. There are two, which alternate:
+// There are two buffers, which alternate:
 //
-//                    buffer 0                             buffer 1
-//     layer l        holds x, which blocks read           holds an older x; blocks add to it
-//     layer l + 1    holds an older x; blocks add to it   holds x, which blocks read
+//     layer    blocks read x from    blocks add to    which still holds    so the carriers subtract
+//     l        buffer 0              buffer 1         x of layer l - 1     carried_next, read in layer l - 1
+//     l + 1    buffer 1              buffer 0         x of layer l         carried_next, read in layer l
 //
-// The carrier of a column adds x - old, where old is the value that the buffer still holds. The old value
-// cancels, in whatever order the additions arrive. For example, the buffer holds 5, x is 8, and two clusters
-// add 1 and 2: 5 + (8 - 5) + 1 + 2 = 11.
+// No buffer is cleared between layers. The carrier of a column adds x - old, where old is the value that the
+// buffer still holds. The old value cancels, in whatever order the additions arrive. For example, the buffer
+// holds 5, x is 8, and two clusters add 1 and 2: 5 + (8 - 5) + 1 + 2 = 11.
 //
 // The count needs the same care, or the old word would look complete. In this example a word gets 3 additions
 // each time, so its count goes from 0 to 3 one time, and from 256 (LAP) to 259 the next. The carrier, besides
@@ -995,62 +944,64 @@ static __device__ unsigned lacking(const longlong2& words, unsigned wanted) {
 //     a cluster adds 2      11      259     complete
 //
 // Can a fast block add to a buffer that a slow block still reads? No:
-//   1. In layer l, the slow block reads buffer 0. Then it adds to buffer 1.
-//   2. Buffer 1 is complete only after all blocks have added to it, including the slow block. This is (4).
-//   3. In layer l + 1, the fast block passes this (4), and only then adds to buffer 0.
+//   1. In layer l, the slow block reads buffer 0. Then it adds to buffer 1, the columns of its rank.
+//   2. The fast block waits until every column of buffer 1 is complete, also those of the slow block. This is
+//      (4) of layer l + 1.
+//   3. Only then does the fast block add to buffer 0.
 
-// The start of the count in the buffer that holds x after `swaps` swaps. A buffer is used in every second
-// layer.
+// The start of the count of the x that is read after `swaps` swaps. Each buffer gets a new x at every second
+// swap, and each new x starts its count at the other of 0 and LAP.
 static __device__ int first_count(unsigned swaps) { return swaps / 2 % 2 * LAP; }
 
 __device__ long long* buffer(unsigned swaps) const { return m.residual + swaps % 2 * C; }
 
-// S9 SUM, the carrier's part
-//   math    x_next += x + output biases - old
+// S9 SUM, first part: the carrier's
+//   math    x_next += x + b_out + b_down - old
 //   who     a thread for each pair of columns, in the last blocks of the grid, 128 to 131, which have no head
 //   bytes   8 * C for the whole grid, 20 KB to L2
 //   syncs   none
-// own_now holds this thread's two words of x_now, as read in this layer. own_next holds those of x_next, as
-// read one layer ago, when that buffer was x_now. Subtracting this whole old word cancels its value and its
-// count. Differences are unsigned, because signed overflow is undefined in C++.
-__device__ void carry(int layer, int token, long long* x_next, unsigned swaps) const {
-  const int c = 2 * carried;
+// carried_now holds this thread's two words of x_now, as last read. carried_next holds those of x_next, as
+// read one layer before, when that buffer was x_now. Subtracting this whole old word cancels its value and
+// its count. Differences are unsigned, because signed overflow is undefined in C++.
+__device__ void carry_x(int layer, int token, long long* x_next, unsigned swaps) const {
+  const int c = 2 * my_pair;
   if (c >= C) return;
   const Layer& w = m.layers[layer];
-  const int count = first_count(swaps + 1);
+  const int start = first_count(swaps + 1);
   const float2 out = widen2(w.b_out + c), down = widen2(w.b_down + c),
-               x = layer == 0 ? widen2(embedding(token) + c)
-                              : make_float2(from_word(own_now.x), from_word(own_now.y));
-  add_relaxed(x_next + c, to_word(x.x + out.x + down.x) + count - (unsigned long long)own_next.x);
-  add_relaxed(x_next + c + 1, to_word(x.y + out.y + down.y) + count - (unsigned long long)own_next.y);
+               both = layer == 0 ? widen2(embedding(token) + c)
+                                 : make_float2(value_of(carried_now.x), value_of(carried_now.y));
+  add_relaxed(x_next + c, addend(both.x + out.x + down.x) + start - (unsigned long long)carried_next.x);
+  add_relaxed(x_next + c + 1, addend(both.y + out.y + down.y) + start - (unsigned long long)carried_next.y);
 }
 
 // The pair of columns that a thread carries, counted from the grid's last block on.
 static __device__ int carried_pair() { return (gridDim.x - 1 - blockIdx.x) * WORKERS + threadIdx.x; }
-const int carried = carried_pair();
-longlong2 own_now, own_next;  // if it is a carrier
+const int my_pair = carried_pair();
+longlong2 carried_now, carried_next;  // if this thread is a carrier
 
-// Sets own_now and own_next for a launch's first layer. thread_main (chapter 10) has loaded the words of
-// x_now. Those of x_next are 0, because the last launch cleared that buffer. They must not be loaded, because
-// a faster block may already have added to them.
+// Sets carried_now and carried_next for a launch's first layer. thread_main (chapter 10) has loaded the words
+// of x_now. The previous launch has cleared x_next. The words of x_next must not be loaded, because a faster
+// block may already have added to them.
 __device__ void begin(int first_layer, const longlong2& carried_words) {
-  own_now = carried_words;
-  own_next = {0, 0};  // cleared by the last launch
+  carried_now = carried_words;
+  carried_next = {0, 0};  // cleared by the last launch
   norms = load_norms(first_layer);
 }
 
-// Clears x_next for the next launch, and writes State. This is safe: this block has passed the last (4), so
-// every block has finished its last layer, and reads neither this buffer nor State again.
+// Ends a launch: clears x_next for the next launch, and writes State (chapter 12). This is safe. This block
+// has passed (4) of the last pass, so every block has finished its last layer, the last that reads this
+// buffer. And no block reads these members of State after its (0).
 __device__ void finish(long long* x_next, int token, int position, unsigned swaps) const {
   if (lane == 0) barrier_arrive(&s.workers_done);
-  if (2 * carried < C) x_next[2 * carried] = x_next[2 * carried + 1] = 0;
+  if (2 * my_pair < C) x_next[2 * my_pair] = x_next[2 * my_pair + 1] = 0;
   if (blockIdx.x == 0 && tid == 0) {
     State& state = *m.state;
     state.token = token, state.position = position, state.swaps = swaps, state.vote_number = s.vote_number;
   }
 }
 
-// S9 SUM, second half
+// S9 SUM, third part
 //   math    x_next += sum_r sums[r], in the order of ranks
 //   who     rank r adds the OWN columns from r * OWN on; thread i takes every 320th of them, from the i-th on
 //   bytes   8 * C for a cluster, 20 KB to L2
@@ -1060,7 +1011,7 @@ __device__ void add_to_residual(long long* x_next) const {
     float sum = 0;
 #pragma unroll 8
     for (int from = 0; from < RANKS * TEAMS; from++) sum += s.sums[from][c];
-    add_relaxed(x_next + plan.rank * OWN + c, to_word(sum));
+    add_relaxed(x_next + plan.rank * OWN + c, addend(sum));
   }
 }
 
@@ -1068,8 +1019,8 @@ __device__ void add_to_residual(long long* x_next) const {
 //   math    x = the values of all words, once they are complete; in layer 0, a row of embed_in
 //   who     each thread reads 4 pairs of columns and puts them into shared memory. Then it takes its own 8
 //   bytes   8 * C, 20 KB from L2
-//   syncs   (4) thread 0 polls one pair until it is complete, and (g) makes the block wait for thread 0. Then
-//           each thread reads its 4 pairs until they are complete. (a) waits until all are in shared memory
+//   syncs   (4) in two parts: thread 0 waits for one pair, and (g) makes the block wait for thread 0. Then
+//           each thread waits for the 4 pairs that it reads. (a) waits until all are in shared memory
 // Why through shared memory? Because then neighbouring threads read neighbouring pairs: one load of a warp
 // reads 512 contiguous bytes.
 static constexpr int PAIRS = ceil_div(C / 2, WORKERS);  // [4]
@@ -1085,9 +1036,9 @@ __device__ void read_x(int layer, int token, const long long* x_now, unsigned sw
   }
 }
 
-// To *poll* is to read again and again. If all threads polled, they would slow down the additions that they
-// wait for: a token would take 5 % longer. So thread 0 polls alone, and only the last pair of its rank's
-// columns, which clusters add last.
+// If all threads read again and again (*polled*), they would slow down the additions that they wait for: a
+// token would take 5 % longer. So thread 0 polls alone, and only the last pair of its rank's columns, which
+// clusters add last. After PATIENCE, 3 s by clock64(), the clock of its processor, it gives up (chapter 18).
 __device__ void wait_for_x(const long long* x_now, unsigned wanted) const {
   if (tid == 0) {
     const long long start = clock64();
@@ -1108,18 +1059,19 @@ __device__ void read_residual(const long long* x_now, unsigned wanted, Columns& 
       if (tid + i * WORKERS < C / 2) lack |= lacking(words[i], wanted);  // (4)
   }
 
-  // Keep the words that this thread carries. Put all values into shared memory. Take this thread's columns.
+  // Keep the words that this thread carries. Put all values into shared memory.
   for (int i = 0; i < PAIRS; i++) {
     const int pair = tid + i * WORKERS;
-    if (pair == carried) own_now = words[i];
+    if (pair == my_pair) carried_now = words[i];
     if (pair < C / 2)
-      *reinterpret_cast<float2*>(&s.x[2 * pair]) = make_float2(from_word(words[i].x), from_word(words[i].y));
+      *reinterpret_cast<float2*>(&s.x[2 * pair]) = make_float2(value_of(words[i].x), value_of(words[i].y));
   }
   workers_sync();  // (a)
   for (int i = 0; i < COLS; i++) x[i] = s.x[column(i)];
 }
 
-// A token of -1, for logits that were not finite, goes on as row 0. The host ends the text at the -1.
+// If the largest logit is not finite, the token is -1, and the host ends the text there. The rest of the
+// launch reads row 0 in its place.
 __device__ const half* embedding(int token) const {
   return m.embed_in + (size_t)min(max(token, 0), V - 1) * C;
 }
@@ -1128,143 +1080,139 @@ __device__ void read_embedding(int token, Columns& x) const {
 }
 
 // 9. The LM head, and the next token ======================================================================
-// The problem. A block multiplies 381 or 382 of the 50304 rows of the LM head by x, and each row gives the
-// *logit* of one token of the vocabulary. From them, all blocks have to choose the same next token. At
-// temperature 0 this is the token with the largest logit. At other temperatures it is drawn at random, with
-// the probabilities p = softmax(logits / temperature). *top-k* restricts the draw to the top_k likeliest
-// tokens, and *top-p* to the fewest likeliest tokens that together have the probability top_p. Taken
-// literally, this needs a sum over all logits, a sort, and sums along the sorted order, but the logits are
-// spread over 132 blocks.
+// The problem. A block multiplies 381 or 382 of the 50304 rows of the LM head by the final LayerNorm of x.
+// Each row gives the *logit* of one token of the vocabulary. From them, all blocks have to choose the same
+// next token. At temperature 0 this is the token with the largest logit. At other temperatures it is drawn at
+// random, with the probabilities p = softmax(logits / temperature). Taken literally, this needs a sum over
+// all logits, and then a search along the sums, but the logits are spread over 132 blocks.
 //
-// A draw is an argmax. Give each token i an alarm clock, which rings after the time
+// The answer. A draw is an argmax. Give each token i an alarm clock, which goes off after the time
 //     delay_i * exp(-logit_i / temperature)
 // where delay_i is a random number, exponentially distributed with mean 1, and independent of the others.
-// Then clock i is the first to ring with exactly the probability p_i. So the draw is the clock with the
-// smallest time, or the largest -log(time). Times the temperature, this is
+// Then clock i is the first to go off with exactly the probability p_i. So the draw is the clock with the
+// smallest time, or the largest -log(time). Multiplied by the temperature, -log(time) is
 //     noisy_i = logit_i - temperature * log(delay_i)
 // So a draw is the argmax of these *noisy logits* (the Gumbel-max trick). At temperature 0 the noise is 0.
 //
 // delay_i comes from Philox, a function that scrambles (seed, position, token) into random bits and keeps no
-// state (chapter 15). So the text depends neither on the size of the grid nor on the number of tokens that a
+// state (chapter 16). So the text depends neither on the size of the grid nor on the number of tokens that a
 // launch makes, and Sampler in model.py computes the same noise.
 //
-// top-k and top-p need no sort. Call one token *likelier* than another if its logit is larger, or if the
-// logits are equal and its id is smaller. Then each token can be tested by itself:
-//     top-k keeps a token if fewer than top_k tokens are likelier
-//     top-p keeps a token if the likelier tokens together have less than the probability top_p
-// So the grid chooses in rounds. A round has two steps:
-//     (5)  vote     find the token with the largest noisy logit: the *candidate*
-//     (6)  tally    count the tokens that are likelier than the candidate, and add up their probability
-// A candidate that is kept is the next token. Otherwise the next round is among the tokens that are likelier
-// than the candidate.
+// At (5) the grid *votes*: each block contributes the largest noisy logit of its rows, and all blocks get the
+// largest of all. Its token is the *candidate*. *top-k* and *top-p* may refuse the candidate, and then the
+// grid votes again (chapter 14). Without them, the candidate is the next token.
 //
-// For example, tokens A to E have the probabilities 40, 25, 20, 10 and 5 %, and top_p is 0.7. Top-p keeps A,
-// B and C: before C there are 65 %, before D 85 %. Say that the noisy logits have the order D, B, A, E, C.
-// The first candidate is D. The tally finds 85 % and refuses it. The second round is among A, B and C, and
-// its candidate is B. The tally finds 40 %, so B is the next token. This is right, because the kept tokens
-// are the likeliest ones: a refused candidate takes only tokens out of the vote that are not kept either, and
-// of the kept ones the largest noisy logit wins. With top_p = 0.95, the first candidate is kept with a
-// probability of 0.95 or more.
+// pack(logit, token) makes one integer of a logit and the id of its token. A larger logit gives a larger
+// integer, so a maximum of such integers is an argmax. token_of and logit_of unpack them (chapter 16).
 
-// A token's logit and its id make one *packed* number of 64 bits, larger for a likelier token, so that a
-// maximum of packed numbers is an argmax. The upper 32 bits are those of the logit, changed so that they
-// compare like an unsigned integer: all are flipped for a negative number, only the sign for a positive one.
-// NaN is above all, as in torch. The lower 32 bits are the id, flipped, because the smaller id is likelier.
-// token_of and logit_of unpack. Noisy logits are packed, too.
-static __device__ unsigned long long pack(float logit, int token) {
-  const uint32_t bits = __float_as_uint(logit + 0.f);  // -0 becomes 0, its equal
-  const uint32_t high = logit != logit ? ~0u : bits >> 31 ? ~bits : bits | 1u << 31;
-  return (unsigned long long)high << 32 | ~(uint32_t)token;
-}
-static __device__ int token_of(unsigned long long packed) { return (int)~(uint32_t)packed; }
-static __device__ float logit_of(unsigned long long packed) {
-  const uint32_t high = packed >> 32;
-  return __int_as_float(high >> 31 ? high & ~(1u << 31) : ~high);
+// Computes the logits, chooses the next token, and returns it.
+__device__ int next_token(const Columns& xn, int position, int end) {
+  // Prepare plan and angles of the next token. After (a) in read_x, nothing uses the old ones. Every thread
+  // sees the new ones after (f) of vote().
+  if (position + 1 < end) prepare(position + 1);
+
+  lm_head(xn, position + 1);
+  norms = load_norms(0);
+  const int token = choose();                                             // (5); (6): chapter 14
+
+  // After (5), the cache holds k and v of this position. Let the producer copy cached positions again. The
+  // host reads the history, and drops what comes after an end of text.
+  if (tid == 0) barrier_arrive(&s.token_ready);                           // (h)
+  if (blockIdx.x == 0 && tid == 0) m.history[position] = token;
+  return token;
 }
 
-// The largest v, and the sum of v, of the 32 lanes of a warp. The GPU has both as one instruction for 32
-// bits, so 64 bits take two. In warp_sum, v has to be below 2^47.
-static __device__ unsigned long long warp_max(unsigned long long v) {
-  const uint32_t high = __reduce_max_sync(~0u, (uint32_t)(v >> 32));
-  return (unsigned long long)high << 32 | __reduce_max_sync(~0u, v >> 32 == high ? (uint32_t)v : 0);
-}
-static __device__ unsigned long long warp_sum(unsigned long long v) {
-  const uint32_t low = __reduce_add_sync(~0u, (uint32_t)v % (1 << 20));
-  return ((unsigned long long)__reduce_add_sync(~0u, (uint32_t)(v >> 20)) << 20) + low;
+// The next token: of all tokens that top-k and top-p keep, the one with the largest noisy logit; -1 if the
+// largest logit is not finite. `bound` is the packed logit of the last refused candidate, 0 in the first
+// vote.
+__device__ int choose() {
+  unsigned long long bound = 0, whole = 0;
+  float largest = 0;
+  while (true) {
+    // Vote for a candidate. The first vote also finds the largest of all logits.
+    vote(bound);
+    const int candidate = token_of(s.grid_result.y);
+    if (bound == 0) largest = logit_of(s.grid_result.x);
+    if (!(fabsf(largest) <= 3.4028235e38f)) return -1;
+
+    // Without top-k and top-p, every candidate is kept.
+    bound = pack(s.candidate_logit, candidate);
+    if (is_kept(bound, largest, whole)) return candidate;
+  }
 }
 
-// Which logits does a thread keep, to vote and to tally? Every warp has all 8 results of a dot tile, but one
-// thread is enough to keep a result. So the 320 threads form 40 GROUPS of 8 lanes, and group g keeps the
-// results of the block's tiles g, g + 40, and in a smaller grid g + 80. kept_token(k) is the id of the token
-// whose logit this thread keeps in logits[k], or V for none.
+// Which logits does a thread hold for the vote? Every warp has all 8 results of a dot tile, but one thread is
+// enough to hold a result. So the 320 threads form 40 GROUPS of 8 lanes, and group g holds the results of the
+// block's tiles g, g + 40, and in a smaller grid g + 80. held_token(k) is the id of the token whose logit
+// this thread has in logits[k], or V for none.
 static constexpr int GROUPS = TEAM / ROWS;
-static constexpr int KEPT = ceil_div(V, MIN_BLOCKS * WORKERS);  // MIN_BLOCKS: the smallest grid [3]
-float logits[KEPT], noise[KEPT];
+static constexpr int HELD = ceil_div(V, MIN_BLOCKS * WORKERS);  // MIN_BLOCKS: the smallest grid [3]
+float logits[HELD], noise[HELD];
 
-__device__ int kept_token(int k) const {
+__device__ int held_token(int k) const {
   const int i = (k * GROUPS + team_thread / ROWS) * TILE_ROWS;
   return i + my_row < s.lm_rows.size ? s.lm_rows.at(i) + my_row : V;
 }
 
 // S10 LM HEAD
-//   math    logits = rows . LNf(x); noise = -temperature * log(delay)
-//   who     each block, for the rows in s.lm_rows; one thread keeps the logit of a row
-//   bytes   2 * V * C / 132, 1.95 MB, 55 us
+//   math    logits = rows times the final LayerNorm of x; noise = -temperature * log(delay)
+//   who     each block, for the rows in s.lm_rows; one thread holds the logit of a row
+//   bytes   2 * V * C / 132, 1.95 MB, 56 us
 //   syncs   (F) (E) for each half tile; (c) for each tile. read_x has passed (4)
-// The noise is made half way through the loop, where the ring is nearly empty, because workers are faster
-// than memory here. While they make noise, the ring fills, and no copy has to stop.
-__device__ void lm_head(const Columns& in, int position) {
+// In this loop workers are faster than memory, so after half of it the ring is nearly empty. This is the time
+// to make the noise: meanwhile the copies go on and fill the ring. Logits also go to global memory, for
+// vote() and for tests.
+__device__ void lm_head(const Columns& in, int next_position) {
   const int size = s.lm_rows.size;
-  for (int k = 0; k < KEPT; k++) noise[k] = 0;
+  for (int k = 0; k < HELD; k++) noise[k] = 0;
   for (int i = 0; i < size; i += TILE_ROWS) {
     const float logit = dot_tile(in, min(TILE_ROWS, size - i), 0, false);
 #pragma unroll
-    for (int k = 0; k < KEPT; k++)
+    for (int k = 0; k < HELD; k++)
       if (i == (k * GROUPS + team_thread / ROWS) * TILE_ROWS) logits[k] = logit;
     if (i == size / 2 / TILE_ROWS * TILE_ROWS && s.settings.temperature > 0)
 #pragma unroll
-      for (int k = 0; k < KEPT; k++)
-        if (kept_token(k) < V)
-          noise[k] = -s.settings.temperature * log_delay(s.settings.seed, position, kept_token(k));
+      for (int k = 0; k < HELD; k++)
+        if (held_token(k) < V)
+          noise[k] = -s.settings.temperature * log_delay(s.settings.seed, next_position, held_token(k));
   }
 #pragma unroll
-  for (int k = 0; k < KEPT; k++)
-    if (kept_token(k) < V) m.logits[kept_token(k)] = logits[k];
+  for (int k = 0; k < HELD; k++)
+    if (held_token(k) < V) m.logits[held_token(k)] = logits[k];
 }
 
 // (5) VOTE
-//   math    s.grid_pair = {largest packed logit, largest packed noisy logit}, over the tokens whose packed
+//   math    s.grid_result = {largest packed logit, largest packed noisy logit}, over the tokens whose packed
 //           logit is above `bound`. With top-k or top-p, also s.candidate_logit, the candidate's logit
 //   who     maxima are taken in each thread, in each warp, in the block by thread 0, and in the grid by L2
 //   syncs   (f) thread 0 waits for all warps; (5); (g) all threads wait for thread 0
-// A word of x counts additions, but a maximum cannot, so a separate counter counts the blocks. Thread 0 gives
-// the block's maxima to the grid, then adds 1 to the counter with a release. A thread that finds this 1 by an
-// acquire also sees the maxima, and what the block wrote before (f): its logits, and k and v of this step.
-// Vote n is complete when the counter has reached n * blocks. The sign of the difference tells this, even
-// after an overflow.
+// A maximum does not count how many blocks have contributed to it, so a separate counter does. Thread 0 gives
+// the block's maxima to the grid, then adds 1 to the counter with a release. A thread whose acquire finds
+// this 1 also sees the maxima, and what the block wrote before (f): its logits, and k and v of this step.
+// Vote n, counted from 0, is complete when the counter has reached (n + 1) * blocks. The sign of the
+// difference tells this, even after an overflow.
 //
-// The maxima have to be 0 before a vote. Three pairs of them take turns. Before block 0 arrives at a vote, it
-// clears the pair for the next vote. No block still reads that pair: its last use was two votes ago, and
-// every block has read it before arriving at the last vote.
+// The maxima have to be 0 before a vote. Vote n uses maxima[n % 3]. Before block 0 arrives at vote n, it
+// clears the maxima of vote n + 1. Vote n - 2 has used the same maxima, and every block read them before it
+// arrived at vote n - 1.
 __device__ void vote(unsigned long long bound) {
   if (blockIdx.x == 0 && tid == 0) m.state->maxima[(s.vote_number + 1) % 3] = {0, 0};
 
-  // Take the maxima of this thread, of its warp, and of its block.
   unsigned long long best = 0, drawn = 0;
 #pragma unroll
-  for (int k = 0; k < KEPT; k++) {
-    const int token = kept_token(k);
+  for (int k = 0; k < HELD; k++) {
+    const int token = held_token(k);
     const unsigned long long packed = token < V ? pack(logits[k], token) : 0;
     if (packed <= bound) continue;
     best = max(best, packed);
     drawn = max(drawn, pack(logits[k] + noise[k], token));
   }
   best = warp_max(best), drawn = warp_max(drawn);
-  if (lane == 0) s.warp_pair[warp] = {best, drawn};
+  if (lane == 0) s.warp_result[warp] = {best, drawn};
   workers_sync();  // (f)
   if (tid == 0) {
     for (int from = 1; from < WARPS; from++)
-      best = max(best, s.warp_pair[from].x), drawn = max(drawn, s.warp_pair[from].y);
+      best = max(best, s.warp_result[from].x), drawn = max(drawn, s.warp_result[from].y);
 
     // Give the block's maxima to the grid, and wait until all blocks have done so.
     State& state = *m.state;
@@ -1276,187 +1224,88 @@ __device__ void vote(unsigned long long bound) {
     for (unsigned seen; (int)((seen = load_acquire(&state.voted)) - target) < 0;)  // (5)
       if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_VOTE, s.layer, target - seen);
 
-    // Give the grid's maxima to the block.
     const longlong2 pair = load_relaxed((const long long*)&maxima);
-    s.grid_pair = {(unsigned long long)pair.x, (unsigned long long)pair.y};
+    s.grid_result = {(unsigned long long)pair.x, (unsigned long long)pair.y};
     const bool cut = s.settings.top_k < V || s.settings.top_p < 1;
     if (cut) s.candidate_logit = load_relaxed(m.logits + token_of(pair.y));
   }
   workers_sync();  // (g)
 }
 
-// (6) TALLY
-//   math    returns {probability, number} of the tokens whose packed logit is above `bound`. Without
-//           `with_count`, the second result is the probability of all tokens instead
-//   who     as for (5)
-//   syncs   (f), (6), (g)
-// A probability is an integer here, in units of 2^-30 times the probability of the likeliest token, so that
-// sums do not depend on the order of blocks. The two sums are kept in words with a count, as in chapter 8, so
-// no release is needed. They are never cleared: thread 0 subtracts what they held before, tally_old. Two
-// pairs of words take turns, so that no block adds to a pair that another block still reads.
-__device__ ulonglong2 tally(float largest, unsigned long long bound, bool with_count) {
-  unsigned long long above = 0, other = 0;
-#pragma unroll
-  for (int k = 0; k < KEPT; k++) {
-    const int token = kept_token(k);
-    if (token == V) continue;
-    const unsigned long long p =
-        __float2ull_rz(expf((logits[k] - largest) / s.settings.temperature) * (1 << 30));
-    const bool is_above = pack(logits[k], token) > bound;
-    above += is_above ? p : 0;
-    other += with_count ? is_above : p;
-  }
-  above = warp_sum(above), other = warp_sum(other);
-  if (lane == 0) s.warp_pair[warp] = {above, other};
-  workers_sync();  // (f)
-  if (tid == 0) {
-    for (int from = 1; from < WARPS; from++) above += s.warp_pair[from].x, other += s.warp_pair[from].y;
-
-    // Add to both words, and wait until each has had an addition from every block.
-    const int turn = s.tally_number++ % 2;
-    long long* const words = &m.state->tally_words[turn].x;
-    add_relaxed(words, above << COUNT_BITS | 1), add_relaxed(words + 1, other << COUNT_BITS | 1);
-    longlong2& old = s.tally_old[turn];
-    longlong2 now;
-    const unsigned wanted = (unsigned)old.x + gridDim.x;  // both words have the same count
-    const long long start = clock64();
-    for (unsigned lack; (lack = lacking(now = load_relaxed(words), wanted));)  // (6)
-      if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_TALLY, s.layer, lack);
-    s.grid_pair = {(unsigned long long)(now.x - old.x) >> COUNT_BITS,
-                   (unsigned long long)(now.y - old.y) >> COUNT_BITS};
-    old = now;
-  }
-  workers_sync();  // (g)
-  return s.grid_pair;
-}
-
-// If top-k and top-p are both set, top_p is a share of the probability of the top_k likeliest tokens. This
-// finds that probability by bisection: there are more than top_k tokens above the packed logit `low`, fewer
-// above `high`, and each tally moves one of the two to the middle.
-__device__ unsigned long long top_k_probability(float largest, unsigned long long high) {
-  unsigned long long low = 0;
-  while (true) {
-    const unsigned long long middle = low + (high - low) / 2;
-    const ulonglong2 above = tally(largest, middle, true);
-    if (above.y == s.settings.top_k) return above.x;
-    (above.y > s.settings.top_k ? low : high) = middle;
-  }
-}
-
-// The next token: of all that top-k and top-p keep, the one with the largest noisy logit; -1 if the largest
-// logit is not finite. `bound` is the packed logit of the last refused candidate, 0 in the first round.
-__device__ int choose() {
-  const bool cut_k = s.settings.top_k < V, cut_p = s.settings.top_p < 1;
-  unsigned long long bound = 0, of_top_k = 0;
-  float largest = 0;
-  while (true) {
-    // Vote for a candidate. The first vote also finds the largest of all logits.
-    vote(bound);
-    const int candidate = token_of(s.grid_pair.y);
-    if (bound == 0) {
-      largest = logit_of(s.grid_pair.x);
-      if (!(fabsf(largest) <= 3.4028235e38f)) return -1;
-      if (s.settings.temperature == 0 || !(cut_k || cut_p)) return candidate;
-      if (cut_k && cut_p) of_top_k = top_k_probability(largest, s.grid_pair.x);
-    }
-
-    // Tally the tokens that are likelier than the candidate, and test it.
-    bound = pack(s.candidate_logit, candidate);
-    const ulonglong2 likelier = tally(largest, bound, cut_k);
-    const bool keeps_k = !cut_k || likelier.y < s.settings.top_k;
-    const bool keeps_p = !cut_p || likelier.x < s.settings.top_p * (cut_k ? of_top_k : likelier.y);
-    if (keeps_k && keeps_p) return candidate;
-  }
-}
-
-// Computes the logits, chooses the token, and prepares what the next token needs.
-__device__ int next_token(const Columns& xn, int position, int end) {
-  // Prepare plan and angles of the next token. No thread uses the old ones after (a) in read_x.
-  if (position + 1 < end) prepare(position + 1);
-
-  // Compute the logits. Start to load the next LayerNorms. Choose the token.
-  lm_head(xn, position + 1);
-  norms = load_norms(0);
-  const int token = choose();                                             // (5), (6)
-
-  // After (5), the cache holds k and v of this position. Let the producer copy cached tokens again.
-  if (tid == 0) barrier_arrive(&s.token_ready);                           // (h)
-  if (blockIdx.x == 0 && tid == 0) m.history[position] = token;
-  return token;
-}
-
 // 10. The division of work, and the kernel ================================================================
 // The problem. All blocks wait for the slowest one at (4), so all blocks should read the same number of
-// bytes. Say that a head costs each block of its cluster as many bytes as `head` hidden units, of 4 * C bytes
-// each. Of the 132 blocks, B have a head, and take u units. The others take r units:
-//     head + u = r                                all blocks read the same number of bytes
-//     B * u + (132 - B) * r = MLP                 all units are dealt out
-// In 2.8b, `head` is 83 and B is 64. The solution is u = 34.8 and r = 117.8.
+// bytes. Say that a head costs each block of its cluster as many bytes as `cost` hidden units, of 4 * C bytes
+// each. `busy` blocks have a head, and take `few` units. The others take `many` units:
+//     cost + few = many                              all blocks read the same number of bytes
+//     busy * few + (blocks - busy) * many = MLP      all units are dealt out
+// In 2.8b, cost is 83: 80 for 160 rows of a head, 3 for keys and values. busy is 64, blocks is 132. The
+// solution is few = 34.8 and many = 117.8.
 //
-// Which units does a block get? Memory is faster when all blocks read near one another. So tiles of units are
-// dealt out like cards, one tile to each block in turn, as long as there is a tile for every block. The units
-// that remain are split into one short run for each block. So each of the 68 blocks without a head gets 14
-// tiles of 8 units and a run of 5 or 6 units. Rows of the LM head are dealt out in the same way. This makes a
-// token 0.6 % faster, and a token of pythia-1.4b 2 %.
+// Which units does a block get? Memory is faster when all blocks read near one another. So tiles are dealt
+// out like cards, one to each block in turn, as long as there is one for every block. The rows that remain
+// are split into one short stretch for each block. For example, the 50304 rows of the LM head for 132 blocks,
+// with 47 tiles for each:
 //
-// Two costs are not bytes, but make_plan counts them as bytes:
-//   - Softmax makes a cached token slower to use than to read, so its bytes count 1.5 times (KV_WEIGHT / 2).
-//   - In small models, the short steps of a head take time in which a block reads little. They count as
-//     ATTENTION_BYTES: 24 KiB in pythia-160m, 0 in 2.8b, where the ring fills during these steps.
-struct Portion {  // the rows of one matrix that one block gets
-  int size, tiled, first_tiled, blocks, first_rest;
-  __device__ int at(int i) const {  // the block's i-th row, where i is the first row of a tile
+//     rows    0..7   8..15   ...   1048..1055 | 1056..1063   ...  | 49632..49636   49637..49641   ...
+//     block   0      1       ...   131        | 0            ...  | 0              1              ...
+//             the first tile of each block    | the second tile   | short stretches of 5 or 6 rows
+//
+// Hidden units are dealt out in the same way, first `few` for each block with a head, then `many` for each of
+// the others. This makes a token 0.6 % faster than one long stretch for each block, and a token of
+// pythia-1.4b 2 %.
+struct Portion {  // the hidden units, or rows of the LM head, that one block gets
+  int size, tiled;              // how many, and how many of them in tiles
+  int first_tiled, first_rest;  // the first of its first tile, and of its stretch
+  int blocks;                   // among which the tiles were dealt out
+  __device__ int at(int i) const {  // the block's i-th; i is a multiple of TILE_ROWS
     return i < tiled ? first_tiled + i * blocks : first_rest + i - tiled;
   }
 };
 
 struct Plan {  // what one block does for one token
   int rank, cluster, clusters;
-  Portion units;               // its hidden units, in every layer
-  int filler;                  // how many of them before it waits at (1), and again before (2)
-  int first_token, end_token;  // its cached tokens, for every head: first_token .. end_token - 1
+  Portion units;                 // its hidden units, in every layer
+  int filler;                    // how many of them before it waits at (1), and again before (2)
+  int first_cached, end_cached;  // its cached positions, for every head: first_cached .. end_cached - 1
 };
 
-static constexpr int KV_WEIGHT = 3;
-static_assert(64ll * (8ll * HS * C + 2ll * KV_WEIGHT * HS * CTX + ATTENTION_BYTES) < 1ll << 31,
+static constexpr int KV_COST = 3;  // chapter 15
+static_assert(64ll * (8ll * HS * C + 2ll * KV_COST * HS * CTX + ATTENTION_BYTES) < 1ll << 31,
               "make_plan counts in 32 bits");
 
-// Deals n rows, from `first` on, to `blocks` blocks, and returns what block `index` gets. For example, 132
-// blocks get the 50304 rows of the LM head. Each gets 376 rows as 47 tiles: block 3 the tiles at rows 24, 24
-// + 8 * 132, and so on. These are 49632 rows. The other 672 rows are dealt as runs of 5 or 6, in the order of
-// the blocks. `begin` and `end` would be a block's rows if it got one run of all its rows. So the runs of the
-// blocks before it have begin - tiled * index rows.
+// Deals n rows, from `first` on, to `blocks` blocks, and returns what block `index` gets.
 static __device__ Portion deal(int first, int n, int index, int blocks) {
-  const int begin = n * index / blocks, end = n * (index + 1) / blocks;  // a run, if no tiles were dealt out
-  const int tiled = n / blocks / TILE_ROWS * TILE_ROWS;
-  return {end - begin, tiled, first + index * TILE_ROWS, blocks, first + begin + tiled * (blocks - index)};
+  const int tiled = n / blocks / TILE_ROWS * TILE_ROWS, rest = n - tiled * blocks;
+  const int begin = rest * index / blocks, end = rest * (index + 1) / blocks;
+  return {tiled + end - begin, tiled, first + index * TILE_ROWS, first + tiled * blocks + begin, blocks};
 }
 
 static __device__ __noinline__ Plan make_plan(int block, int blocks, int position) {
-  Plan p;
-  p.rank = block % RANKS; p.cluster = block / RANKS; p.clusters = blocks / RANKS;
-  const int heads = NH / p.clusters, busy = NH % p.clusters * RANKS;  // the first `busy` blocks have one more
+  Plan plan;
+  plan.rank = block % RANKS; plan.cluster = block / RANKS; plan.clusters = blocks / RANKS;
+  const int heads = NH / plan.clusters, busy = NH % plan.clusters * RANKS;
 
-  // Solve the equations: r = (MLP + B * head) / blocks, and u = r - head. Numbers are in *grains* of C / 64
-  // bytes, 256 to a hidden unit, so that integers of 32 bits are enough. fair_grains is r, busy_grains is u.
-  const int head_bytes = (8 * HS * C + 2 * KV_WEIGHT * HS * position) / RANKS + ATTENTION_BYTES;
-  const int head_grains = 64 * head_bytes / C, fair_grains = (256 * MLP + head_grains * NH * RANKS) / blocks;
-  const int busy_grains = max(fair_grains - (heads + 1) * head_grains, 0);  // u, in grains
-  const int busy_units = busy_grains * busy / 256;
+  // Solve the equations. All heads cost NH * RANKS * cost, so every block should do (MLP + NH * RANKS * cost)
+  // / blocks units in all. (With more heads than clusters, every block has `heads` heads, and `busy` blocks
+  // have one more.) Numbers are in *grains* of C / 64 bytes, 256 to a hidden unit, so that integers of 32
+  // bits are enough. KV_COST and ATTENTION_BYTES: chapter 15.
+  const int cost_bytes = (8 * HS * C + 2 * KV_COST * HS * position) / RANKS + ATTENTION_BYTES;
+  const int cost_grains = 64 * cost_bytes / C, many_grains = (256 * MLP + cost_grains * NH * RANKS) / blocks;
+  const int few_grains = max(many_grains - (heads + 1) * cost_grains, 0);
+  const int units_of_busy = few_grains * busy / 256;
   const bool is_busy = block < busy;
-  p.units = is_busy ? deal(0, busy_units, block, busy)
-                    : deal(busy_units, MLP - busy_units, block - busy, blocks - busy);
+  plan.units = is_busy ? deal(0, units_of_busy, block, busy)
+                    : deal(units_of_busy, MLP - units_of_busy, block - busy, blocks - busy);
 
-  // Do `filler` units during (1) and (2) of every head, and the rest at the end. hidden_units() advances in
-  // whole tiles, so `filler` is a number of whole tiles.
+  // Do `filler` units before (1) and (2) of every head, and the rest at the end. hidden_units() advances in
+  // whole tiles, so `filler` is a multiple of TILE_ROWS.
   const int slices = 2 * (heads + is_busy) + 1;
-  p.filler = ceil_div(ceil_div(p.units.size, slices), TILE_ROWS) * TILE_ROWS;
+  plan.filler = ceil_div(ceil_div(plan.units.size, slices), TILE_ROWS) * TILE_ROWS;
 
-  // Split the cached tokens among the ranks.
-  const int tokens = ceil_div(position, RANKS);
-  p.first_token = min(tokens * p.rank, position);
-  p.end_token = min(tokens * (p.rank + 1), position);
-  return p;
+  const int each = ceil_div(position, RANKS);
+  plan.first_cached = min(each * plan.rank, position);
+  plan.end_cached = min(each * (plan.rank + 1), position);
+  return plan;
 }
 
 static __device__ void load_rope(const Model& m, Shared& s, int position, int threads) {
@@ -1498,8 +1347,8 @@ static __device__ void thread_main(const Model& m, Shared& s, int first_layer, i
   }
   load_rope(m, s, position, WORKERS + 32);
 
-  // Load the old words of x_now that this thread carries. No block can have added to x_now yet: it would have
-  // to pass a (4) first, which needs an addition that this block makes after this line.
+  // Load the words of x_now that this thread carries. No block has added to x_now yet: a block that does has
+  // passed a (4), and that (4) needs an addition that this block makes later.
   longlong2 carried_words = {0, 0};
   if (threadIdx.x < WORKERS && 2 * carried_pair() < C)
     carried_words = load_relaxed(m.residual + swaps % 2 * C + 2 * carried_pair());
@@ -1507,9 +1356,10 @@ static __device__ void thread_main(const Model& m, Shared& s, int first_layer, i
   // A push must not go to a block that has not begun. So the blocks of a cluster wait for each other.
   cluster_sync();  // (0)
 
-  // The first thread of the last warp is the producer. The other 31 threads of this warp have no work.
+  // The first thread of the last warp is the producer. The other 31 threads of this warp are done.
   if (threadIdx.x >= WORKERS) {
-    if (threadIdx.x == WORKERS) Producer{m, s}.run(first_layer, end_layer, position, end, new_tokens > 0);
+    const bool with_lm_head = new_tokens > 0;
+    if (threadIdx.x == WORKERS) Producer{m, s}.copy_all(first_layer, end_layer, position, end, with_lm_head);
     return;
   }
 
@@ -1519,19 +1369,20 @@ static __device__ void thread_main(const Model& m, Shared& s, int first_layer, i
 }
 
 // 11. A layer in time =====================================================================================
-// This table follows thread 0 of block 11, which is rank 1 of cluster 5, through one layer. A line ends at
-// the mark in its first column (chapter 19). The columns of numbers are:
-//     KB       what the block reads
+// This table follows thread 0 of block 11, which is rank 1 of cluster 5, through one layer. The time of a
+// line, or of a group of lines, ends at the mark in its first column (chapter 20). The columns of numbers
+// are:
+//     KB       what the producer of the block copies
 //     needs    how many us these bytes take at 35.0 KB a us, a processor's share of the memory's rate
-//     took     how many us the line took, as a mean over the layers of the record in results/
+//     took     how many us the line took, as a mean over the layers (results/bench-h200.json)
 //
-//  mark        thread 0 of block 11                                          KB  needs  took  waits for
+//  mark        thread 0 of block 11                                           KB  needs  took  waits for
 //  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                 1.9  L2, (a)
 //              S1: normalizes columns 0..7, which it has from here on                          (b)
 //  QKV         S2: rows 1320..1439: head 5, k from dimension 40 on, and v    615   17.6  13.5  memory
 //  1           S8: units 88..95, 600..607; (1)                               164    4.7   4.3  memory
 //  ATTEND      S3: rotates q[0] with q[10]; S4: threads 80..239 append k, v               1.7  (d)
-//              S5: takes dimensions 0..7 of tokens 64, 84, 104, 124           20    0.6        (e)
+//              S5: takes dimensions 0..7 of positions 64, 84, 104, 124        20    0.6        (e)
 //              S5: merges o[0] of 10 warps, and pushes it to rank 0
 //  2           S8: units 1112..1119, 1624..1631; (2)                         164    4.7   3.6  memory
 //  OUT, UNITS  S6, S7: output rows 440..479; S8: units 2078..2080            236    6.7   7.1  memory
@@ -1540,10 +1391,11 @@ static __device__ void thread_main(const Model& m, Shared& s, int first_layer, i
 //  START       (4): polls columns 2558 and 2559 of x                                      3.5  other blocks
 //  a layer                                                                  1198   34.2  36.8
 //
-// S2 takes less than its bytes need, because the ring is full when S2 begins. In all, a layer takes 2.6 us
-// longer than its bytes need. Nearly all of this is lost between two layers, in S9, (4), S0 and S1. Only 0.6
-// us of it are explained: the workers free no slot for 6.5 us, but the ring fills in 5.9 us, and then memory
-// pauses.
+// The lines of marks QKV and 1 take less than their bytes need, because the ring is full when S2 begins. It
+// fills again during S3 to S5, so the line of mark 2 takes less, too. In all, a layer takes 2.6 us longer
+// than its bytes need. Of these, 0.6 us are explained: between two layers, in S9, (4), S0 and S1, the workers
+// free no slot for 6.5 us, but the ring fills in 5.9 us, and then memory pauses. The other 2 us are not
+// explained.
 //
 // Follow one number: hidden unit 602 of block 11, in layer 0 of a launch's first token.
 //  1. Its up row lies in global memory: w_up + 602 * C, 5120 bytes.
@@ -1582,25 +1434,25 @@ struct Layer {
   const half *w_down, *b_down;                // [MLP] rows, [C]
 };
 
-struct alignas(16) Maxima { unsigned long long best, drawn; };  // two maxima over the grid: chapter 9
+struct alignas(16) Maxima { unsigned long long best, drawn; };  // two maxima over the grid
 struct State {  // what one launch passes to the next one
   int token;                 // the token to be read next; -1 if the last logits were not finite
   int position;              // tokens in the cache
   unsigned swaps;            // layers computed so far; if odd, x is in the second buffer
-  unsigned vote_number;      // votes of the grid so far: chapter 9
-  unsigned voted;            // counts the blocks that have voted: chapter 9
-  Maxima maxima[3];          // of this vote, the next vote and the vote before: chapter 9
-  longlong2 tally_words[2];  // two sums over the grid, for top-k and top-p: chapter 9
+  unsigned vote_number;      // votes of the grid so far
+  unsigned voted;            // counts the blocks that have voted
+  Maxima maxima[3];          // of this vote, the next vote and the vote before
+  longlong2 tally_words[2];  // two sums over the grid, for top-k and top-p: chapter 14
 };
 
-struct Settings {  // how to draw tokens; the host writes it: chapter 9
+struct Settings {  // how to draw tokens; the host writes it: chapters 9 and 14
   unsigned long long seed;
   double top_p;        // 1 keeps all tokens
   float temperature;   // 0 takes the likeliest token
   unsigned top_k;      // V keeps all tokens
 };
 
-struct Failure { int sync, block, layer, seen; };  // a report, in host memory: chapter 17
+struct Failure { int sync, block, layer, number; };  // a report, in host memory: chapter 18
 
 struct Model {  // the kernel's parameter: pointers only, the same in every launch
   Layer layers[L];
@@ -1609,25 +1461,26 @@ struct Model {  // the kernel's parameter: pointers only, the same in every laun
   half* cache;                   // [L][2][NH][CTX][HS] keys and values
   long long* residual;           // [2][C] the two buffers of x (chapter 8)
   float* logits;                 // [V]
-  int* history;                  // [CTX] the token chosen at each position, in host memory
+  int* history;                  // [CTX] the token chosen after each position, in host memory
   State* state;
   const Settings* settings;
   Failure* failure;
-  float* taps;                   // chapter 19
-  unsigned long long* timeline;  // chapter 19
+  float* taps;                   // chapter 20
+  unsigned long long* timeline;  // chapter 20
 };
 
-// The place of a token's key (kv 0) or value (kv 1) in the cache.
-static __device__ half* cache_row(const Model& m, int layer, int kv, int head, int token) {
-  return m.cache + (((size_t)(layer * 2 + kv) * NH + head) * CTX + token) * HS;
+// The place of a key (kv 0) or value (kv 1) in the cache.
+static __device__ half* cache_row(const Model& m, int layer, int kv, int head, int position) {
+  return m.cache + (((size_t)(layer * 2 + kv) * NH + head) * CTX + position) * HS;
 }
 
-// One block's shared memory, 232192 bytes. FIXED_BYTES is at least the size of all but the ring, which gets
-// the rest: 10 slots, 205 KB. A slot needs room for its rows, its biases and two mbarriers of 8 bytes, full
-// and empty.
+// One block's shared memory, 232192 bytes. REST_BYTES is at least the size of all but the ring. The ring gets
+// what REST_BYTES leaves: 10 slots, 205 KB. A slot needs room for its rows, its biases and two mbarriers of 8
+// bytes, full and empty. In REST_BYTES, 4 * (...) is x, sums and warp_o. 25 * HS is qkv (12), rank_o, q,
+// k_now with v_now (4 each), and RoPE's angles (1). 512 is for the small members.
 static constexpr int WARP_BYTES = 24 * WARPS + 8 * (ROWS + 1) * TEAMS * TEAM_WARPS;  // [960]
-static constexpr int FIXED_BYTES = 4 * (C + TEAMS * C + WARPS * HS) + 25 * HS + WARP_BYTES + 512;
-static constexpr int SLOTS = (SHARED_BYTES - FIXED_BYTES) / (SLOT_BYTES + 2 * TILE_BIASES + 16);  // [10]
+static constexpr int REST_BYTES = 4 * (C + TEAMS * C + WARPS * HS) + 25 * HS + WARP_BYTES + 512;
+static constexpr int SLOTS = (SHARED_BYTES - REST_BYTES) / (SLOT_BYTES + 2 * TILE_BIASES + 16);  // [10]
 
 // Bulk copies, and loads of 16 bytes, need addresses that are multiples of 16: `alignas`.
 struct alignas(128) Shared {                               // chapter, and what
@@ -1636,7 +1489,8 @@ struct alignas(128) Shared {                               // chapter, and what
   alignas(16) float sums[RANKS * TEAMS][OWN];              // 7  y of all ranks, this rank's columns
   alignas(16) float x[C];                                  // 8  x, read once for all threads
   float qkv[3 * HS];                                       // 7  q, k, v of a head, from all ranks
-  float peer_o[RANKS][OUT_ROWS], peer_peak_denom[RANKS][2];// 7  attention's results, from all ranks
+  float rank_o[RANKS][OUT_ROWS],
+      rank_peak_denom[RANKS][2];                           // 7  attention's results, from all ranks
   alignas(16) float q[HS];                                 // 7  q, rotated and scaled
   alignas(16) half k_now[HS], v_now[HS];                   // 7  this step's k and v, as in the cache
   float warp_o[WARPS][HS], warp_peak[WARPS],
@@ -1644,29 +1498,29 @@ struct alignas(128) Shared {                               // chapter, and what
   float warp_dots[2][TEAMS][ROWS][TEAM_WARPS];             // 4  a tile's dot products, from every warp
   float warp_stats[TEAMS][TEAM_WARPS][2];                  // 6  LayerNorm's statistics, from every warp
   float rope_cos[ROT / 2], rope_sin[ROT / 2];              // 10 RoPE's angles at this position
-  ulonglong2 warp_pair[WARPS], grid_pair;                  // 9  two maxima or two sums, see (5) and (6)
-  longlong2 tally_old[2];                                  // 9  tally_words, when last used
+  ulonglong2 warp_result[WARPS], grid_result;              // 9  two maxima or two sums, see (5) and (6)
+  longlong2 tally_old[2];                                  // 14 tally_words, when last used
   Settings settings;                                       // 9
-  float candidate_logit;                                   // 9  if top-k or top-p is set
+  float candidate_logit;                                   // 14 if top-k or top-p is set
   unsigned vote_number, tally_number;                      // 9  so far; only thread 0 uses them
   Plan plan;                                               // 10
   Portion lm_rows;                                         // 10 the block's rows of the LM head
-  int layer;                                               // 17 the layer that a failure report names
+  int layer;                                               // 18 the layer that a failure report names
   uint64_t full[SLOTS], empty[SLOTS];                      // 5  (F), (E)
   uint64_t qkv_ready, attention_ready, sums_ready;         // 7  (1), (2), (3)
-  uint64_t token_ready, workers_done;                      // 9  (h); 17: all workers are done
+  uint64_t token_ready, workers_done;                      // 9  (h); 18: all workers are done
 };
-static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory: FIXED_BYTES is wrong");
+static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory: REST_BYTES is wrong");
 
 // 13. Why it is safe ======================================================================================
 // All syncs, and what goes wrong without them. `python test_block.py -k simulated_sync` leaves out one at a
-// time. Then the result changes, or the launch does not end. Only the (g) that follows (4) is there for speed
-// alone.
+// time, in a simulation on a CPU (emulator/simulator.cpp). Then the result changes, or the launch does not
+// end. Only the (g) that follows (4) is there for speed alone.
 //
 //     sync  who waits, and for what                                 without it
 //     (0)   a cluster's threads: all its blocks have set up         a push into a block that has not begun
 //     (1)   a rank: q, k and v from all ranks                       attention with stale q, k or v
-//     (2)   a rank: peak, denom, o from all ranks                       a rank's tokens are forgotten
+//     (2)   a rank: peak, denom, o from all ranks                   a merge without the positions of one rank
 //     (3)   a rank: y from all ranks                                x lacks what a peer adds
 //     (4)   all blocks: x is complete                               LayerNorm of an unfinished x
 //     (5)   all blocks: all have voted, k and v are cached          a token chosen from only some logits
@@ -1682,29 +1536,38 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory
 //     (g)   workers: thread 0 has passed (4), (5) or (6)            a result of (5) or (6) used too early
 //     (h)   the producer: thread 0 has passed (5)                   copies of k and v that are not cached yet
 //
-// Inboxes. The owner reads an inbox, then sends its next message. The peer waits for this message, and then
-// pushes into the inbox again:
+// Inboxes. The receiver reads an inbox, then sends its next message. The peer waits for this message, and
+// then pushes into the inbox again:
 //
-//     inbox                    is read in  the owner's next message                  the peer waits for it at
+//     inbox                    is read in  the receiver's next message                 the peer waits at
 //     qkv                      S3          its peak, denom, o of this head, after (d)  (2)
-//     peer_o, peer_peak_denom  S6          q, k, v of the next head, or its y        (1), or (3)
-//     sums                     S9          its additions to x                        (4)
+//     rank_o, rank_peak_denom  S6          q, k, v of the next head, or its y          (1), or (3)
+//     sums                     S9          its additions to x                          (4)
 //
 // For example, the inbox qkv of rank 1 of cluster 5 in two layers. Times are us since layer 0 began, by the
 // table of chapter 11.
 //     1.9 .. 15.4   Both ranks do S2, and push their rows into this inbox.
-//     19.8          Rank 1 passes (1) with parity 0: all 960 bytes have landed.
-//     < 21.5        Rank 1 reads the inbox in S3. After (d), all its threads have read it.
-//     21.5          Rank 1 pushes its peak, denom and o to rank 0.
-//     25.1          Rank 0 passes (2), which needs this push.
+//     19.7          Rank 1 passes (1) with parity 0: all 960 bytes have landed.
+//     < 21.4        Rank 1 reads the inbox in S3. After (d), all its threads have read it.
+//     21.4          Rank 1 pushes its peak, denom and o to rank 0.
+//     25.0          Rank 0 passes (2), which needs this push.
 //     38.7          Rank 0 begins S2 of layer 1, and pushes into the inbox again. This is safe.
 //     56.5          Rank 1 passes (1) with parity 1.
 //
-// Parity. One bit is enough if phase n + 1 of an mbarrier cannot end before every waiting thread has seen the
-// end of phase n. For full and empty, see chapter 5. (h) has one waiting thread, the producer, and the next
-// token needs rows that it copies after the wait. At (1), (2) and (3), phase n + 1 needs a push of this
-// block's own, which comes after a sync that each warp reaches only when it has seen phase n: (d) of this
-// head for (1), (d) of the next head for (2), (a) of the next layer or of the choice for (3).
+// Parity. A thread that waits for the end of phase n must look before phase n + 1 ends, or it would take
+// phase n + 2 for phase n and wait for ever. So one bit is enough if phase n + 1 cannot end before every
+// waiting thread has seen the end of phase n. What phase n + 1 needs:
+//     full    later rows. The producer copies them only after phase n of empty, for which every warp arrives
+//             only after it has seen phase n of full end
+//     empty   arrivals of warps that have read these later rows, and the producer copies them only after it
+//             has seen phase n of empty end
+//     (h)     the end of the next token, which needs rows that the producer copies after its wait at (h)
+//     (1)     this block's push of the next head's rows, after (d) of this head. A warp comes to this (d)
+//             only after (1)
+//     (2)     this block's push of the next head's peak, after (d) of the next head. A warp comes to that (d)
+//             only after (2) of this head
+//     (3)     this block's push of the next layer's y, after (a) of the next layer or of the choice. A warp
+//             comes to that (a) only after (3) of this layer
 //
 // Exit. A block must not end while a push to it or from it is on its way. The last pushes of a token are
 // those of y. The receiver waits for them at (3), and then adds to x. Both blocks end only after a (4) that
@@ -1714,24 +1577,125 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory
 // taken in the order of threads, warps and ranks. Only integers are combined in an order that changes:
 // additions to words of x, tallies, and the maxima of a vote.
 
-// 14. Other shapes ========================================================================================
-// Small models: teams. The threads that hold one row are a *team*. A row of pythia-70m has 512 columns, so a
-// team is 64 threads. A block has at least THREADS = 256 workers, here 4 teams, and each takes different
-// rows: a tile has 8 rows for each team, 32 in all, and row r belongs to team r mod 4. Every team has all of
-// x, a y of its own, and a (b) and (c) of its own. At (3), all teams push their y, and the owner of the
-// columns adds up RANKS * TEAMS parts, in the order of ranks and teams.
+// 14. top-k and top-p =====================================================================================
+// *top-k* restricts the draw to the top_k likeliest tokens, and *top-p* to the smallest set of likeliest
+// tokens that has at least the probability top_p. Neither needs a sort. Call one token *likelier* than
+// another if its logit is larger, or if the logits are equal and its id is smaller. Then each token can be
+// tested by itself:
+//     top-k keeps a token if fewer than top_k tokens are likelier
+//     top-p keeps a token if the likelier tokens together have less than the probability top_p
+// So the grid chooses in rounds:
+//     (5)  vote     find the token with the largest noisy logit: the candidate
+//     (6)  tally    count the tokens that are likelier than the candidate, and add up their probability
+// A candidate that is kept is the next token. Otherwise the next vote is among the tokens that are likelier
+// than the candidate.
 //
-// Smallest: half warps. A row of pythia-14m has 128 columns, so a team is 16 threads (LANES), and a warp is
-// two teams. A team is within one warp, so it needs no (b) and (c): TEAM_WARPS == 1. With clusters of 4, a
-// rank has 8 output rows but 16 teams. A team without an output row may read peer_peak_denom while a peer
-// overwrites it. This does no harm, because this team uses nothing that it reads.
+// For example, tokens A to E have the probabilities 40, 25, 20, 10 and 5 %, and top_p is 0.7. Top-p keeps A,
+// B and C: before C there are 65 %, before D 85 %. Say that the noisy logits have the order D, B, A, E, C.
+// The first candidate is D. The tally finds 85 % and refuses D. The second vote is among A, B and C, and its
+// candidate is B. The tally finds 40 %, so B is the next token. This is right: a refusal removes the
+// candidate and all less likely tokens from the vote, and none of them is kept. Of the kept tokens, the one
+// with the largest noisy logit wins. With top_p = 0.95, the first candidate is kept with a probability of
+// 0.95 or more.
+
+// The result of a tally: the probability of the tokens above a boundary; and their number, or the probability
+// of all tokens, the whole.
+struct Tally { unsigned long long probability, number_or_whole; };
+
+// Is the candidate with the packed logit `bound` kept? top_p is a share of `whole`: the probability of all
+// tokens, or, with top-k, of the top_k likeliest. With both top-k and top-p, the first call for a token
+// computes `whole`.
+__device__ bool is_kept(unsigned long long bound, float largest, unsigned long long& whole) {
+  const bool cut_k = s.settings.top_k < V, cut_p = s.settings.top_p < 1;
+  if (s.settings.temperature == 0 || !(cut_k || cut_p)) return true;
+  if (cut_k && cut_p && whole == 0) whole = top_k_probability(largest);
+  const Tally likelier = tally(largest, bound, cut_k);
+  if (!cut_k) whole = likelier.number_or_whole;
+  const bool keeps_k = !cut_k || likelier.number_or_whole < s.settings.top_k;
+  const bool keeps_p = !cut_p || likelier.probability < s.settings.top_p * whole;
+  return keeps_k && keeps_p;
+}
+
+// Finds the probability of the top_k likeliest tokens by bisection. There are more than top_k tokens above
+// the packed logit `low`, fewer above `high`, and each tally moves one of the two to the middle.
+__device__ unsigned long long top_k_probability(float largest) {
+  unsigned long long low = 0, high = pack(largest, 0);
+  while (true) {
+    const unsigned long long middle = low + (high - low) / 2;
+    const Tally above = tally(largest, middle, true);
+    if (above.number_or_whole == s.settings.top_k) return above.probability;
+    (above.number_or_whole > s.settings.top_k ? low : high) = middle;
+  }
+}
+
+// (6) TALLY
+//   math    probability and number of the tokens whose packed logit is above `bound`; without `with_number`,
+//           the probability of all tokens in place of the number
+//   who     as for (5)
+//   syncs   (f), (6), (g)
+// A probability is an integer here, a multiple of 2^-30 times the probability of the likeliest token, so that
+// sums do not depend on the order of blocks. The two sums are kept in words with a count, as in chapter 8, so
+// no release is needed. They are never cleared: thread 0 subtracts what they held before, tally_old. There
+// are two sets of words, which take turns, so that no block adds to words that another block still reads.
+__device__ Tally tally(float largest, unsigned long long bound, bool with_number) {
+  unsigned long long above = 0, second = 0;
+#pragma unroll
+  for (int k = 0; k < HELD; k++) {
+    const int token = held_token(k);
+    if (token == V) continue;
+    const unsigned long long p =
+        __float2ull_rz(expf((logits[k] - largest) / s.settings.temperature) * (1 << 30));
+    const bool is_above = pack(logits[k], token) > bound;
+    above += is_above ? p : 0;
+    second += with_number ? is_above : p;
+  }
+  above = warp_sum(above), second = warp_sum(second);
+  if (lane == 0) s.warp_result[warp] = {above, second};
+  workers_sync();  // (f)
+  if (tid == 0) {
+    for (int from = 1; from < WARPS; from++) above += s.warp_result[from].x, second += s.warp_result[from].y;
+
+    const int turn = s.tally_number++ % 2;
+    long long* const words = &m.state->tally_words[turn].x;
+    add_relaxed(words, above << COUNT_BITS | 1), add_relaxed(words + 1, second << COUNT_BITS | 1);
+    longlong2& old = s.tally_old[turn];
+    longlong2 now;
+    const unsigned wanted = (unsigned)old.x + gridDim.x;  // both words have the same count
+    const long long start = clock64();
+    for (unsigned lack; (lack = lacking(now = load_relaxed(words), wanted));)  // (6)
+      if (clock64() - start > PATIENCE) give_up(m.failure, SYNC_TALLY, s.layer, lack);
+    s.grid_result = {((unsigned long long)now.x - old.x) >> COUNT_BITS,
+                     ((unsigned long long)now.y - old.y) >> COUNT_BITS};
+    old = now;
+  }
+  workers_sync();  // (g)
+  return {s.grid_result.x, s.grid_result.y};
+}
+
+// 15. Other shapes ========================================================================================
+// Small models: teams. A row of pythia-70m has 512 columns, so 64 threads hold a row: a team. A block has at
+// least MIN_WORKERS = 256 workers, here 4 teams, and each takes different rows: a tile has 8 rows for each
+// team, 32 in all, and row r belongs to team r mod 4. Every team has all of x, a y of its own, and a (b) and
+// (c) of its own. At (3), all teams push their y, and the owner of the columns adds up RANKS * TEAMS parts,
+// in the order of ranks and teams.
+//
+// Smallest: half warps. A row of pythia-14m has 128 columns, so a team is 16 threads (TEAM_LANES), and a warp
+// is two teams. A team is within one warp, so it needs no (b) and (c): TEAM_WARPS == 1. With clusters of 4, a
+// rank has 8 output rows but 16 teams. A team without an output row has nothing to do in S7, so it may read
+// rank_peak_denom late, while a peer already overwrites it with results of the next head. This does no harm,
+// because this team uses nothing that it reads.
 //
 // Largest: two pieces. From C = 4096 on, a thread owns PIECES = 2 pieces of 8 columns, so that a block has
 // half as many threads and each can have twice as many registers. The pieces lie 8 * TEAM columns apart, so
 // that neighbouring threads read neighbouring pieces. ROWS is 4, so that a slot does not grow.
 //
-// Clusters of 1, 4 and 8 change only the shares: QKV_ROWS, OUT_ROWS, OWN and the number of tokens. With more
-// heads than clusters, the loop over heads runs several times, and the first blocks get one head more.
+// Clusters of 1, 4 and 8 change only the shares: QKV_ROWS, OUT_ROWS, OWN and the number of positions. With
+// more heads than clusters, the loop over heads runs several times, and the first blocks get one head more.
+//
+// Two costs are not bytes, but make_plan counts them as bytes. Softmax makes a cached position slower to use
+// than to read, so its bytes count 1.5 times (KV_COST / 2). In small models, the short stages of a head take
+// time in which a block reads little. They count as ATTENTION_BYTES: 24 KiB in pythia-160m, 0 in 2.8b, where
+// the ring fills during these stages.
 //
 // The compiler checks what the code takes for granted:
 static_assert(C % 128 == 0, "a row is dealt out to half-warps, 16 bytes a lane: C must be a multiple of 128");
@@ -1740,18 +1704,65 @@ static_assert(WORKERS % 32 == 0 && WORKERS + 32 <= 1024, "whole warps, and at mo
 static_assert(TEAM % 32 == 0 || 32 % TEAM == 0,
               "a team is whole warps, or a warp whole teams: C / 8 (C / 16 from 4096 on) must divide so");
 static_assert(TEAM_WARPS == 1 || TEAMS <= 14, "a team of several warps has a named barrier; a block has 16");
-static_assert((ROWS & (ROWS - 1)) == 0 && ROWS <= LANES && ROWS % HALF_TILES == 0,
+static_assert((ROWS & (ROWS - 1)) == 0 && ROWS <= TEAM_LANES && ROWS % HALF_TILES == 0,
         "reduce_rows folds a power of two of rows over a team's lanes, and a tile comes in equal halves");
 static_assert(HS % (2 * RANKS) == 0 && HS % 8 == 0, "a head's rows divide evenly; lanes take 8 dimensions");
 static_assert(OWN % 8 == 0, "a rank owns whole pieces of a row");
 static_assert(HS <= WORKERS, "one thread for each dimension of a head merges the warps' attention");
 static_assert(SLOTS >= 2 * HALF_TILES, "two tiles: one being read, one on its way; take fewer ROWS");
 
-// 15. Arithmetic of words =================================================================================
-// Resolution. The value of a word is a multiple of 2^-22 = 2.4e-7. Above 2, this is no coarser than fp32.
+// 16. Arithmetic ==========================================================================================
+// LayerNorm. The mean of squares minus the square of the mean would subtract two large numbers where the mean
+// is large. So groups of values keep their mean and `squares`, the sum of squared distances from this mean.
+// Groups are merged exactly (Chan, Golub, LeVeque 1979). Two lanes a and b with n values each:
+//     mean    = (mean_a + mean_b) / 2
+//     squares = squares_a + squares_b + (mean_a - mean_b)^2 * n / 2
+// The 10 warps, with n values each, are merged at once: mean is the mean of the 10 means, and each warp adds
+// squares_w + n * (mean_w - mean)^2.
 //
-// NaN. For a number that does not fit, to_word adds FIXED_NAN = 2^47. from_word returns NaN from FIXED_EDGE =
-// 2^46 on.
+// Sums of a tile. reduce_rows adds up 8 sums over the 32 lanes of a warp: lane l ends with the sum of row l %
+// 8. It takes 9 shuffles and not 8 * 5, because at the distances 4, 2 and 1 two lanes swap half of their
+// sums. Lane 0 keeps rows 0 to 3 at distance 4, rows 0 and 1 at distance 2, and row 0 at distance 1. At
+// distance 1, two rows a and b are left, with the sums a0 and b0 in lane 0, a1 and b1 in lane 1:
+//     lane 0 gives b0, gets a1, and keeps a0 + a1
+//     lane 1 gives a0, gets b1, and keeps b0 + b1
+// The steps at distance 8 and 16 add what other lanes have of the same row.
+static __device__ float reduce_rows(float (&v)[ROWS], int lane) {
+  for (int apart = ROWS / 2; apart >= 1; apart /= 2) {
+    const bool upper = lane & apart;  // the lane with the higher number keeps the upper half of the rows
+#pragma unroll
+    for (int i = 0; i < apart; i++)
+      v[i] = (upper ? v[i + apart] : v[i]) + __shfl_xor_sync(~0u, upper ? v[i] : v[i + apart], apart);
+  }
+  for (int apart = ROWS; apart < TEAM_LANES; apart *= 2) v[0] += __shfl_xor_sync(~0u, v[0], apart);
+  return v[0];
+}
+
+// Words of x. The value is a multiple of 2^-22 = 2.4e-7. Above 2, this is no coarser than fp32. A number that
+// is 65536 or more in magnitude, or not finite, makes the word NaN. Then the logits are NaN, the token is -1,
+// and the host ends the text with an error. Does this happen with real checkpoints? In a checkpoint that
+// works in PyTorch's fp16, which has no number above 65504, x stays below 65536. How close real checkpoints
+// come was not measured.
+static constexpr float FIXED_ONE = 1 << 22, FIXED_LIMIT = 1 << 16;
+static constexpr long long FIXED_NAN = 1ll << 47, FIXED_EDGE = 1ll << 46;
+static constexpr int COUNT_BITS = 9, LAP = 256, MOST_CLUSTERS = 254;
+
+static __device__ long long addend(float v) {  // what to add to a word, so that its value grows by v
+  return (fabsf(v) < FIXED_LIMIT ? __float2ll_rn(v * FIXED_ONE) : FIXED_NAN) * (1 << COUNT_BITS) + 1;
+}
+static __device__ float value_of(long long word) {
+  const long long value = word >> COUNT_BITS;
+  const bool fits = value > -FIXED_EDGE && value < FIXED_EDGE;
+  return fits ? __ll2float_rn(value) * (1 / FIXED_ONE) : __int_as_float(0x7fffffff);  // else NaN
+}
+// 0 if both words are complete. Otherwise, if both lack the same number of additions, that number (256 more
+// before the carrier has added).
+static __device__ unsigned lacking(const longlong2& words, unsigned wanted) {
+  return ((wanted - (unsigned)words.x) | (wanted - (unsigned)words.y)) % (1 << COUNT_BITS);
+}
+
+// Why a NaN stays. For a number that does not fit, addend adds FIXED_NAN = 2^47. value_of returns NaN from
+// FIXED_EDGE = 2^46 on.
 //   - Other additions cannot hide one FIXED_NAN. At most 254 others, each below 65536 * 2^22 = 2^38 in size,
 //     are together below 2^46.
 //   - Several FIXED_NANs cannot cancel. In the 55 bits of the value, 256 of them would wrap around to 0, but
@@ -1759,8 +1770,35 @@ static_assert(SLOTS >= 2 * HALF_TILES, "two tiles: one being read, one on its wa
 //   - A large sum of ordinary additions is read correctly up to 2^24. The next carrier adds it as one number,
 //     65536 or more, so x becomes NaN in the next layer.
 //
-// Old counts. Before the carrier has added, a word would need 256 more additions to look complete, but there
-// are at most 254. After the carrier's addition, the count is at most 256 + 254 + 1 = 511, which 9 bits hold.
+// Old counts. Before the carrier has added, an old word would need 256 more additions to look complete, but
+// there are at most 254. After the carrier's addition, the count is at most 256 + 254 + 1 = 511, which 9 bits
+// hold.
+
+// Packed logits. The upper 32 bits are those of the logit, changed so that they compare like an unsigned
+// integer: all are flipped for a negative number, only the sign for a positive one. NaN is above all, as in
+// torch. The lower 32 bits are the token's id, flipped, because of equal logits the one with the smaller id
+// is likelier.
+static __device__ unsigned long long pack(float logit, int token) {
+  const uint32_t bits = __float_as_uint(logit + 0.f);  // -0 becomes 0, its equal
+  const uint32_t high = logit != logit ? ~0u : bits >> 31 ? ~bits : bits | 1u << 31;
+  return (unsigned long long)high << 32 | ~(uint32_t)token;
+}
+static __device__ int token_of(unsigned long long packed) { return (int)~(uint32_t)packed; }
+static __device__ float logit_of(unsigned long long packed) {
+  const uint32_t high = packed >> 32;
+  return __int_as_float(high >> 31 ? high & ~(1u << 31) : ~high);
+}
+
+// The largest v, and the sum of v, of the 32 lanes of a warp. The GPU has both as one instruction for 32
+// bits, so 64 bits take two. In warp_sum, v has to be below 2^47.
+static __device__ unsigned long long warp_max(unsigned long long v) {
+  const uint32_t high = __reduce_max_sync(~0u, (uint32_t)(v >> 32));
+  return (unsigned long long)high << 32 | __reduce_max_sync(~0u, v >> 32 == high ? (uint32_t)v : 0);
+}
+static __device__ unsigned long long warp_sum(unsigned long long v) {
+  const uint32_t low = __reduce_add_sync(~0u, (uint32_t)v % (1 << 20));
+  return ((unsigned long long)__reduce_add_sync(~0u, (uint32_t)(v >> 20)) << 20) + low;
+}
 
 // Noise. Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) makes four numbers of 32 bits from a key, here the
 // seed, and a counter, here (token / 4, position), in ten steps of multiplications and exclusive ors. The
@@ -1780,16 +1818,16 @@ static __device__ __noinline__ float log_delay(unsigned long long seed, uint32_t
   return logf(-log1pf(-fmaf(__uint2float_rn(bits), 0x1p-32f, 0x1p-33f)));
 }
 
-// 16. Pace ================================================================================================
+// 17. Pace ================================================================================================
 // Memory does not serve all processors alike. Some blocks get their rows early, and then wait at (4) for
 // blocks that get theirs late. So each producer limits itself to an equal share of PACE, in bytes a ns: after
 // a copy of b bytes it waits b * blocks / PACE ns. PACE is what memory can deliver by its clock and the width
-// of its bus, 4814 bytes a ns on an H200. Without a pace, a token takes 1245 us instead of 1225, and one of
-// pythia-160m 83.7 instead of 81.9.
+// of its bus, 4814 bytes a ns on an H200. Without a pace, a token takes 1245 us instead of 1225, and a token
+// of pythia-160m 83.7 instead of 81.9.
 //
 // A producer that has fallen behind is not allowed to catch up. If it may catch up by 0.3 us, a token takes
-// 0.2 % longer. But global_ns() advances only every 32 ns, so a wait may end up to 32 ns late, and
-// keep_pace() forgives these CLOCK_NS. A wait of more than 1 ms can only mean that the clock was set back.
+// 0.2 % longer. But global_ns() advances in steps of 32 ns, so a wait may end up to 32 ns late. Only this
+// much may be caught up (CLOCK_NS). A wait of more than 1 ms can only mean that the clock was set back.
 static constexpr int CLOCK_NS = 32;  // step of global_ns, the clock that all blocks share
 
 static __device__ void keep_pace(unsigned long long& earliest_ns, uint32_t bytes) {
@@ -1798,28 +1836,28 @@ static __device__ void keep_pace(unsigned long long& earliest_ns, uint32_t bytes
   earliest_ns = max(earliest_ns, now - CLOCK_NS) + bytes * gridDim.x / PACE;
 }
 
-// 17. Patience ============================================================================================
+// 18. Patience ============================================================================================
 // A wait that never ends would hang the host, too. So workers wait at (1) to (6) for 3 s at most, and the
-// producer for 6 s, so that a worker, which is closer to the cause, reports first. Two waits of workers have
-// no limit: (F), and the second part of (4), where all threads read x. If workers hang there, the producer,
-// which waits for them, reports.
+// producer for 6 s, so that a worker, which is closer to the cause, reports first. The other waits of workers
+// have no limit: (a) to (g), (F), and the second part of (4), where all threads read x. If workers hang
+// there, the producer reports: in the end it waits until all workers are done, workers_done, and names this
+// (F).
 //
 // The first thread that reaches its limit writes a Failure to host memory: the sync, its block, the layer,
-// and a number. At (5) this is the number of blocks that have not voted, at (4) and (6) the number of
-// additions that a word lacks, elsewhere the parity. Then the thread executes a *trap*, an instruction that
-// ends the launch and all of the process's work on the GPU. The host turns the Failure into an error.
+// and a number. At (5) this is the number of blocks that have not voted, at (4) and (6) the result of
+// lacking(), elsewhere the parity. Then the thread executes a *trap*, an instruction that ends the launch and
+// all of the process's work on the GPU. The host turns the Failure into an error.
 static constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
 enum SyncId {  // (1) to (6), then (F), (E) and (h): the numbers in Failure::sync
   SYNC_QKV = 1, SYNC_ATTENTION, SYNC_SUMS, SYNC_X, SYNC_VOTE, SYNC_TALLY, SYNC_FULL, SYNC_EMPTY, SYNC_TOKEN
 };
 
-// __noinline__ keeps this rare code out of the loops.
-static __device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int seen) {
+static __device__ __noinline__ void give_up(Failure* failure, int sync, int layer, int number) {
   if (atomicCAS_system(&failure->sync, 0, sync) != 0)
     while (true) __nanosleep(1000);  // another thread is writing its report, and its trap ends this one, too
   failure->block = blockIdx.x;
   failure->layer = layer;
-  failure->seen = seen;
+  failure->number = number;
   __threadfence_system();  // the report is written before the trap
   __trap();
 }
@@ -1833,7 +1871,7 @@ static __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32
     if (clock64() - start > patience) give_up(m.failure, sync, s.layer, parity);
 }
 
-// 18. Toolbox: one function for each instruction that CUDA C++ does not offer =============================
+// 19. Toolbox: instructions that CUDA C++ does not offer, or not in this form ========================
 // asm("...") is an instruction of PTX, the GPU's assembly language, which calls a block a cta. %0, %1 ...
 // stand for the operands after the colons: first the results, with "=", then the inputs; "r" has 32 bits, "l"
 // 64. volatile forbids the compiler to remove the instruction. "memory" forbids it to move reads and writes
@@ -1842,7 +1880,7 @@ static __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32
 // An address in shared memory, in the 32 bits that these instructions take.
 static __device__ uint32_t smem(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
-static __device__ uint32_t peer(const void* place, int rank) {
+static __device__ uint32_t in_rank(const void* place, int rank) {
   uint32_t address;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem(place)), "r"(rank));
   return address;
@@ -1920,7 +1958,8 @@ static __device__ float load_relaxed(const float* p) {
   asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(p));
   return v;
 }
-// "red" is an addition that returns nothing, so no thread waits for it, as it may for an atomicAdd.
+// "red" is an addition that returns nothing, so no thread waits for it. A thread may wait for the result of
+// an atomicAdd.
 static __device__ void add_relaxed(long long* p, long long v) {
   asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" :: "l"(p), "l"(v));
 }
@@ -1945,7 +1984,7 @@ static __device__ unsigned long long global_ns() {
   unsigned long long t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t;
 }
 
-// 19. Taps and marks ======================================================================================
+// 20. Taps and marks ======================================================================================
 // Compiler options add them. The shipped kernel has neither.
 //   -DTAPS       stages write what they compute to Model::taps. The bits of y stay the same. A new tap needs
 //                room in Fused.taps in build.py, and a name in test_block.py's STAGES
@@ -1972,7 +2011,7 @@ __device__ void mark(Mark event, int layer) const {
 
 };  // Worker
 
-// 20. Host side ===========================================================================================
+// 21. Host side ===========================================================================================
 // A block waits for all others at (4), (5) and (6). If two launches had half of the GPU each, both would wait
 // for ever. So the launch is *cooperative*: the driver starts all blocks at once, or refuses.
 
@@ -2019,12 +2058,13 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
                                     int end_layer, int new_tokens, void* stream) {
   if (first_layer < 0 || first_layer >= end_layer || end_layer > L || new_tokens < 0 ||
       (new_tokens > 0 && end_layer < L) || (new_tokens > 1 && first_layer > 0))
-    return "no such range of layers: take 0 <= first < last <= L; several tokens need all layers";
+    return "no such range of layers: take 0 <= first < end <= L, for a token end = L, for several first = 0";
   const int blocks = clusters * RANKS;
   if (blocks * WORKERS < C / 2 || blocks < MIN_BLOCKS)
     return "too few blocks to carry x, or to keep all logits: launch more clusters";
-  if (blocks >= 1 << Worker::COUNT_BITS || (long long)V * blocks >= 1ll << 31)
-    return "too many blocks for the counts of a tally, or for this vocabulary: launch fewer clusters";
+  if (clusters > Worker::MOST_CLUSTERS || blocks >= 1 << Worker::COUNT_BITS ||
+      (long long)V * blocks >= 1ll << 31)
+    return "too many blocks for the counts of words, or for this vocabulary: launch fewer clusters";
   if (new_tokens > CTX) new_tokens = CTX;
   const Worker::Model& m = *reinterpret_cast<const Worker::Model*>(pointers);
   cudaLaunchAttribute attributes[2];
@@ -2033,20 +2073,22 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
   return nullptr;
 }
 
-// 21. Exercises ===========================================================================================
+// 22. Exercises ===========================================================================================
 // Edits worth trying, with what to expect of a token of 2.8b at T = 128 on an H200.
 //
 //   1. Clusters of 1 (python bench.py --ablate). Expect 26 % more, because one block has all rows of a head.
 //      Which of (1), (2), (3) get shorter, which part of a layer longer?
-//   2. build.py: 4 ROWS instead of 8. The block adds up sums of tiles twice as often. Expect 0.4 % more. With
+//   2. build.py: 4 ROWS instead of 8. The block adds up sums of tiles twice as often. Expect 0.3 % more. With
 //      16, the producer is at most one tile ahead. Expect two thirds more.
 //   3. make_plan: filler = 0. A block with a head waits while the pushes for (1) and (2) travel. How much is
 //      that for a token? Why do the bits of y change?
-//   4. build.py: attention_kib = 96. Blocks with a head add to x 1.4 us earlier, the others 1.3 us later, and
+//   4. build.py: attention_kib = 96 (ATTENTION_BYTES, chapter 15). Blocks with a head add to x 1.4 us
+//      earlier, the others 1.3 us later, and
 //      a token takes as long as before. Why does it not lose 32 * 1.3 us? (What do blocks wait for at (4), by
 //      chapter 11?)
 //   5. Leave out the call of wait_for_x. Expect 5 % more, because all threads poll. Now leave out the check
-//      in read_residual instead. How often do the bits change, and why do some launches not end? (See carry.)
+//      in read_residual instead. How often do the bits change, and why do some launches not end? (See
+//      carry_x.)
 //   6. dot_tile: leave out `flip ^= 1`, so that all tiles use the same warp_dots. Find the interleaving of
 //      two warps that goes wrong, and count how often it does in the random orders of simulator.cpp
 //      (test_block.py -k simulated_block).

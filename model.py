@@ -6,9 +6,9 @@ MLP both read the layer's input x, and both are added to it:
     x = x + attn(LN1(x)) + mlp(LN2(x))
 
 Symbols, here and in the kernel: C hidden size, NH heads, HS = C / NH head size, ROT rotary dimensions of a
-head, V vocabulary, L layers. F = 4 C is the width of the MLP; the kernel calls it MLP. Two symbols are of
-this file alone: B is the number of sequences in a batch, and N the number of new tokens that one call reads,
-at positions pos..pos+N-1. Every matrix is stored as rows of length C, so that one copy of the weights serves
+head, V vocabulary, L layers, MLP = 4 C hidden units of a layer. Two symbols are of this file alone: B is the
+number of sequences in a batch, and N the number of new tokens that one call reads, at positions
+pos..pos+N-1. Every matrix is stored as rows of length C, so that one copy of the weights serves
 this file and the kernel. For this, two of a layer's four matrices are transposed when they are loaded.
 """
 import itertools
@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention as attention
 
 from checkpoint import DTYPES, Refused, fetch, first_line, read_config, read_tensors
 
-SIZES = {  # name: (L, C, NH, V); in all ten F = 4 C, ROT = HS / 4, and there are 2048 positions
+SIZES = {  # name: (L, C, NH, V); in all ten MLP = 4 C, ROT = HS / 4, and there are 2048 positions
     "pythia-14m": (6, 128, 4, 50304),
     "pythia-31m": (6, 256, 8, 50304),
     "pythia-70m": (6, 512, 8, 50304),
@@ -99,7 +99,7 @@ class Block(nn.Module):
         """`tensor(name, *shape, transposed=False)` supplies a weight under its name within the layer."""
         super().__init__()
         self.config = config
-        C, F = config.hidden, config.mlp
+        C, MLP = config.hidden, config.mlp
         self.ln1_w = tensor("input_layernorm.weight", C)
         self.ln1_b = tensor("input_layernorm.bias", C)
         self.ln2_w = tensor("post_attention_layernorm.weight", C)
@@ -108,9 +108,9 @@ class Block(nn.Module):
         self.b_qkv = tensor("attention.query_key_value.bias", 3 * C)
         self.w_out = tensor("attention.dense.weight", C, C, transposed=True)      # row: weights of o[h, d]
         self.b_out = tensor("attention.dense.bias", C)
-        self.w_up = tensor("mlp.dense_h_to_4h.weight", F, C)                      # row: makes hidden unit j
-        self.b_up = tensor("mlp.dense_h_to_4h.bias", F)
-        self.w_down = tensor("mlp.dense_4h_to_h.weight", F, C, transposed=True)   # row: weights of unit j
+        self.w_up = tensor("mlp.dense_h_to_4h.weight", MLP, C)                    # row: makes hidden unit j
+        self.b_up = tensor("mlp.dense_h_to_4h.bias", MLP)
+        self.w_down = tensor("mlp.dense_4h_to_h.weight", MLP, C, transposed=True)  # row: weights of unit j
         self.b_down = tensor("mlp.dense_4h_to_h.bias", C)
 
     def forward(self, x, rope, cache_kv=None, pos=0):
@@ -122,8 +122,9 @@ class Block(nn.Module):
         C, eps = self.config.hidden, self.config.eps
         attn = self.attend(layer_norm(x, (C,), self.ln1_w, self.ln1_b, eps), rope, cache_kv, pos)
         hidden = linear(layer_norm(x, (C,), self.ln2_w, self.ln2_b, eps), self.w_up, self.b_up)
-        mlp = linear(gelu(hidden), self.w_down.T, self.b_down)                    # [B, N, F] -> [B, N, C]
-        return x + (attn + mlp)                   # x is the largest, so only one sum rounds to x's precision
+        mlp = linear(gelu(hidden), self.w_down.T, self.b_down)                    # [B, N, MLP] -> [B, N, C]
+        # x is the largest, so a sum with x rounds off most. It is taken once.
+        return x + (attn + mlp)
 
     def attend(self, x, rope, cache_kv, pos):
         (B, N, C), NH, HS = x.shape, self.config.n_head, self.config.head_size
@@ -238,10 +239,10 @@ class Pythia(nn.Module):
         """Yields `steps` ids after `tokens` [N], or fewer if an end-of-text token comes: see `generate`."""
         if steps == 0:
             return
-        text, pos = decoder.begin(), len(tokens)
+        text_number, pos = decoder.begin(), len(tokens)
         x = self.body(tokens[None], decoder.cache, 0)[0, -1]                      # reads the whole prompt
         first = int(sampler(linear(x, self.embed_out), pos))
-        for token in itertools.chain([first], decoder.decode(first, pos, steps - 1, sampler, text)):
+        for token in itertools.chain([first], decoder.decode(first, pos, steps - 1, sampler, text_number)):
             if token < 0:
                 raise Refused(f"the logits are not finite in {self.embed_out.dtype}: take dtype float32 or "
                               "bfloat16, without fused")
@@ -278,7 +279,7 @@ class Pythia(nn.Module):
             if not torch.stack(w.aminmax()).isfinite().all():                     # aminmax passes NaN on
                 raise Refused(f"{folder} has NaN or Inf in {name}, read as {dtype}: take dtype "
                               "float32 or bfloat16, or fetch its files again")
-            # Transposes in place. A file that is mapped into memory does not change.
+            # Transposes in place: only one matrix at a time has a second copy. No file changes.
             if transposed:
                 w = w.view(shape).copy_(w.T.contiguous())
             bar.update()
@@ -313,7 +314,7 @@ class Pythia(nn.Module):
             elif name.endswith("embed_in.weight"):
                 w.normal_(0, 1, generator=rng)
                 w[:, outliers] *= 10
-            elif transposed:  # [inputs, outputs], is added to x; scaled so that x does not grow with L
+            elif transposed:  # [inputs, outputs]: the result is added to x, so it shrinks with L
                 w.normal_(0, (shape[0] * 2 * config.n_layer) ** -0.5, generator=rng)
                 w[:, outliers] *= 10
             else:             # [outputs, inputs]
@@ -333,8 +334,9 @@ class Reference:
     def begin(self):
         """Begins another text."""
 
-    def decode(self, token, pos, steps, sampler, text=None):
-        """Yields `steps` ids (ints) that follow the id `token` at position `pos`."""
+    def decode(self, token, pos, steps, sampler, text_number=None):
+        """Yields `steps` ids (ints) that follow the id `token` at position `pos`. Only a decoder that
+        another text can interrupt needs the text's number, which `begin` returned."""
         for at in range(pos, pos + steps):
             tokens = torch.tensor([[token]], device=self.cache.device)
             token = int(sampler(self.model(tokens, self.cache, at)[0, 0], at + 1))

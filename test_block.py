@@ -260,13 +260,15 @@ def test_fused_stages(name):
 
 MUTANTS = {  # number: (what is broken, the first stage that turns red, text of the kernel, text instead)
     0: ("nothing broken", None, "#include <cstdint>", "#include <cstdint>"),
-    1: ("a peer's part of o left out", "o", "shrink[r] = exp2f(", "shrink[r] = r == RANKS - 1 ? 0.f : exp2f("),
+    1: ("a peer's part of o left out", "o",
+        "shrink[r] = exp2f(", "shrink[r] = r == RANKS - 1 ? 0.f : exp2f("),
     2: ("LN1 for LN2", "xn2", "norms.w2, norms.b2", "norms.w1, norms.b1"),
     3: ("RoPE's sign flipped", "q", "d < ROT / 2 ? -v", "d >= ROT / 2 ? -v"),
-    4: ("a team's part of y left out", "y", "from = 0; from < RANKS * TEAMS", "from = 1; from < RANKS * TEAMS"),
+    4: ("a team's part of y left out", "y",
+        "from = 0; from < RANKS * TEAMS", "from = 1; from < RANKS * TEAMS"),
     5: ("the last tile of tokens missed", "o",
-        "min(KV_TOKENS, plan.end_token - t0);", "min(KV_TOKENS, plan.end_token - t0) / KV_TOKENS * KV_TOKENS;"),
-    6: ("GELU by tanh", "h", "erff(a * 0.70710678f)", "tanhf(0.79788456f * (a + 0.044715f * a * a * a))"),
+        "plan.end_cached - t0);", "plan.end_cached - t0) / KV_POSITIONS * KV_POSITIONS;"),
+    6: ("GELU by tanh", "h", "erff(u * 0.70710678f)", "tanhf(0.79788456f * (u + 0.044715f * u * u * u))"),
     7: ("biases left out", "q", "has_bias && my_row < n", "false")}
 MIDDLE = cut("pythia-160m")
 
@@ -325,13 +327,14 @@ SYNCS = {sync: (re.compile(wait), instead) for sync, wait, instead in (
     ("(c)", r"team_sync\(team\)(?=;\s+// \(c\)\n)", "false"),
     ("(d)", r"workers_sync\(\)(?=;\s+// \(d\)\n)", "false"),
     ("(e)", r"workers_sync\(\)(?=;\s+// \(e\)\n)", "false"),
-    ("(f), before (5)", r"warp_pair\[warp\] = \{best, .*\n\s+(workers_sync\(\));  // \(f\)", "false"),
-    ("(f), before (6)", r"warp_pair\[warp\] = \{above, .*\n\s+(workers_sync\(\));  // \(f\)", "false"),
+    ("(f), before (5)", r"warp_result\[warp\] = \{best, .*\n\s+(workers_sync\(\));  // \(f\)", "false"),
+    ("(f), before (6)", r"warp_result\[warp\] = \{above, .*\n\s+(workers_sync\(\));  // \(f\)", "false"),
     ("(g), after (5)", r"give_up\(\S+ SYNC_VOTE(?:.*\n)*?\s+(workers_sync\(\));  // \(g\)", "false"),
     ("(g), after (6)", r"give_up\(\S+ SYNC_TALLY(?:.*\n)*?\s+(workers_sync\(\));  // \(g\)", "false"),
     ("(h)", r"wait\([^;]*SYNC_TOKEN\)", "false"),
-    ("a launch's clear buffer", r"own_next = (\{0, 0\});",  # the words are loaded, which others may add to
-     "load_relaxed(buffer(m.state->swaps + 1) + 2 * min(carried, C / 2 - 1))"),
+    # instead, its words are loaded, to which others may already add
+    ("a launch's clear buffer", r"carried_next = (\{0, 0\});",
+     "load_relaxed(buffer(m.state->swaps + 1) + 2 * min(my_pair, C / 2 - 1))"),
     # a control: what only saves time
     ("(g), after (4)", r"give_up\(\S+ SYNC_X(?:.*\n)*?\s+(workers_sync\(\));  // \(g\)", "false"))}
 CONTROL = "(g), after (4)"
@@ -348,7 +351,7 @@ def makers(simulated):
     """Three shapes of decoders, {name: (a function that makes one, what its launch computes)}."""
     def maker(config, short_ring, **tuning):
         k = kernel_constants(build.constants(config, cluster=2, **tuning))
-        two_tiles = k.FIXED_BYTES + 2 * k.HALF_TILES * (k.SLOT_BYTES + 2 * k.TILE_BIASES + 16)
+        two_tiles = k.REST_BYTES + 2 * k.HALF_TILES * (k.SLOT_BYTES + 2 * k.TILE_BIASES + 16)
         extra = {"SHARED_BYTES": two_tiles} if short_ring else {}  # so that copies come at the last moment
         return functools.partial(simulated, random_half(config, "cpu"), 3, cluster=2, extra=extra, **tuning)
     layers = cut("pythia-14m", n_layer=3, mlp=64, vocab=64, context=512)

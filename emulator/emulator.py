@@ -1,7 +1,7 @@
 """fused_block.cu in numpy: its clusters, ranks, teams, stages and sums, as loops that a debugger can follow.
 
     python emulator/emulator.py                           one token of tiny-pythia, compared with float64
-    python emulator/emulator.py --explain pythia-2.8b     how the work is laid out; needs neither GPU nor compiler
+    python emulator/emulator.py --explain pythia-2.8b     how the work is laid out; needs no GPU, no compiler
 
 A function here that mirrors a function of the kernel has the same name and order. Arithmetic is float64.
 Thread blocks run one after another, so a sync is the place where one loop over blocks ends and the next loop
@@ -51,8 +51,8 @@ def ceil_div(a, b):
 def kernel_constants(defines):
     """Every constexpr number of fused_block.cu as an attribute, for the -D constants of build.constants; and
 
-    .column [TEAM, COLS]: the columns that a thread of a team owns; .row [TEAMS, LANES]: the row of a tile
-    that a lane finishes. Raises Refused where a static_assert of the kernel fails.
+    .column [TEAM, COLS]: the columns that a thread of a team owns; .row [TEAMS, TEAM_LANES]: the row of a
+    tile that a lane finishes. Raises Refused where a static_assert of the kernel fails.
     """
     k = dict(defines)
     for several in re.findall(r"constexpr (?:int|float|long long) (\w+ = [^;]*);", SOURCE):
@@ -66,18 +66,18 @@ def kernel_constants(defines):
     row, = re.findall(r"const int my_row = (.*?);", SOURCE)
     threads, columns = np.arange(k["TEAM"])[:, None], np.arange(k["COLS"])
     k["column"] = evaluate(column, k | {"team_thread": threads, "i": columns})
-    k["row"] = evaluate(row, k | {"team": np.arange(k["TEAMS"])[:, None], "lane": np.arange(k["LANES"])})
+    k["row"] = evaluate(row, k | {"team": np.arange(k["TEAMS"])[:, None], "lane": np.arange(k["TEAM_LANES"])})
     return SimpleNamespace(**k)
 
 
 # ---- who does what -----------------------------------------------------------------------------------------
 
-Plan = namedtuple("Plan", "rank cluster clusters units filler first_token end_token")
+Plan = namedtuple("Plan", "rank cluster clusters units filler first_cached end_cached")
 
 
-class Portion(namedtuple("Portion", "size tiled first_tiled blocks first_rest")):
+class Portion(namedtuple("Portion", "size tiled first_tiled first_rest blocks")):
     """The rows that one block is dealt: `tiled` rows, in tiles dealt out in turn to `blocks` blocks, then a
-    run."""
+    short stretch."""
 
     def at(self, i):
         """The number of the block's `i`-th row."""
@@ -86,28 +86,29 @@ class Portion(namedtuple("Portion", "size tiled first_tiled blocks first_rest"))
 
 def deal(k, first, n, index, blocks):
     """What block `index` (of `blocks`) is dealt of rows first..first + n - 1."""
-    begin, end = n * index // blocks, n * (index + 1) // blocks
     tiled = n // blocks // k.TILE_ROWS * k.TILE_ROWS
-    first_rest = first + begin + tiled * (blocks - index)
-    return Portion(end - begin, tiled, first + index * k.TILE_ROWS, blocks, first_rest)
+    rest = n - tiled * blocks
+    begin, end = rest * index // blocks, rest * (index + 1) // blocks
+    first_rest = first + tiled * blocks + begin
+    return Portion(tiled + end - begin, tiled, first + index * k.TILE_ROWS, first_rest, blocks)
 
 
 def make_plan(k, block, blocks, position):
     """The plan of one of `blocks` thread blocks, for a token that has `position` tokens before it."""
     rank, cluster, clusters = block % k.RANKS, block // k.RANKS, blocks // k.RANKS
     heads, busy = k.NH // clusters, k.NH % clusters * k.RANKS
-    head_bytes = (8 * k.HS * k.C + 2 * k.KV_WEIGHT * k.HS * position) // k.RANKS + k.ATTENTION_BYTES
-    head_grains = 64 * head_bytes // k.C
-    fair_grains = (256 * k.MLP + head_grains * k.NH * k.RANKS) // blocks
-    busy_grains = max(0, fair_grains - (heads + 1) * head_grains)
-    busy_units = busy_grains * busy // 256
-    units = (deal(k, 0, busy_units, block, busy) if block < busy else
-             deal(k, busy_units, k.MLP - busy_units, block - busy, blocks - busy))
+    cost_bytes = (8 * k.HS * k.C + 2 * k.KV_COST * k.HS * position) // k.RANKS + k.ATTENTION_BYTES
+    cost_grains = 64 * cost_bytes // k.C
+    many_grains = (256 * k.MLP + cost_grains * k.NH * k.RANKS) // blocks
+    few_grains = max(0, many_grains - (heads + 1) * cost_grains)
+    units_of_busy = few_grains * busy // 256
+    units = (deal(k, 0, units_of_busy, block, busy) if block < busy else
+             deal(k, units_of_busy, k.MLP - units_of_busy, block - busy, blocks - busy))
     slices = 2 * (heads + (block < busy)) + 1
     filler = ceil_div(ceil_div(units.size, slices), k.TILE_ROWS) * k.TILE_ROWS
     tokens = ceil_div(position, k.RANKS)
-    first_token, end_token = min(tokens * rank, position), min(tokens * (rank + 1), position)
-    return Plan(rank, cluster, clusters, units, filler, first_token, end_token)
+    first_cached, end_cached = min(tokens * rank, position), min(tokens * (rank + 1), position)
+    return Plan(rank, cluster, clusters, units, filler, first_cached, end_cached)
 
 
 # What a slot of the ring holds: n rows of a matrix from `first` on, with the biases of `biases` rows; or, as
@@ -133,8 +134,8 @@ def producer(k, block, blocks, position, first_layer, end_layer, lm_head):
                 yield from rows(name, layer, row, row + min(k.TILE_ROWS, end - i))
 
     def tokens(layer, head, first, last):
-        for t in range(first, last, k.KV_TOKENS):
-            n = min(k.KV_TOKENS, last - t)
+        for t in range(first, last, k.KV_POSITIONS):
+            n = min(k.KV_POSITIONS, last - t)
             yield Slot("kv", layer, head, t, n, 0, 2 * n * k.HS * 2)
 
     plan, mlp = make_plan(k, block, blocks, position), ["w_up", "w_down"]
@@ -145,7 +146,7 @@ def producer(k, block, blocks, position, first_layer, end_layer, lm_head):
             yield from rows("w_qkv", layer, qkv, qkv + k.QKV_ROWS)
             yield from rows_of(mlp, layer, plan.units, done, min(done + plan.filler, size))
             done = min(done + plan.filler, size)
-            yield from tokens(layer, h, plan.first_token, plan.end_token)
+            yield from tokens(layer, h, plan.first_cached, plan.end_cached)
             yield from rows_of(mlp, layer, plan.units, done, min(done + plan.filler, size))
             done = min(done + plan.filler, size)
             yield from rows("w_out", layer, out, out + k.OUT_ROWS)
@@ -167,11 +168,11 @@ class Worker:
         self.grid, self.block, self.plan = grid, block, make_plan(k, block, grid.blocks, grid.position)
         self.ring = producer(k, block, grid.blocks, grid.position, *grid.range)
         self.qkv = np.full(3 * k.HS, np.nan)                                # (1) inbox
-        self.peer_o = np.full((k.RANKS, k.OUT_ROWS), np.nan)                   # (2) inbox
-        self.peer_peak_denom = np.full((k.RANKS, 2), np.nan)                        # (2) inbox
+        self.rank_o = np.full((k.RANKS, k.OUT_ROWS), np.nan)                   # (2) inbox
+        self.rank_peak_denom = np.full((k.RANKS, 2), np.nan)                        # (2) inbox
         self.sums = np.full((k.RANKS * k.TEAMS, k.OWN), np.nan)                 # (3) inbox
 
-    def peer(self, rank):
+    def in_rank(self, rank):
         return self.grid.workers[self.plan.cluster * self.k.RANKS + rank]
 
     def wait_full(self):
@@ -179,7 +180,7 @@ class Worker:
         at, k, grid = next(self.ring), self.k, self.grid
         rows = slice(at.first, at.first + at.n)
         if at.matrix == "kv":
-            slot = np.full((2, k.KV_TOKENS, k.HS), np.nan)
+            slot = np.full((2, k.KV_POSITIONS, k.HS), np.nan)
             slot[:, :at.n] = grid.cache[at.layer, :, 0, at.head, rows].double()
             return slot, None, grid.touched["kv"][at.layer, at.head, rows]
         slot, biases = np.full((k.HALF_TILE_ROWS, k.C), np.nan), np.full(k.TILE_BIASES, np.nan)
@@ -208,7 +209,7 @@ class Worker:
         k, sums, bias = self.k, np.full(self.k.TILE_ROWS, np.nan), 0
         for biases, team, r, rows in self.tile(n):
             threads = (rows * x).sum(2)                                     # [.., TEAM]
-            warps = threads.reshape(len(r), k.TEAM_WARPS, k.LANES).sum(2)   # reduce_rows
+            warps = threads.reshape(len(r), k.TEAM_WARPS, k.TEAM_LANES).sum(2)   # reduce_rows
             sums[k.row[team, r]] = warps.sum(1)                             # (c)
             if biases is not None and has_bias:
                 bias = biases[skip:skip + n]
@@ -222,15 +223,15 @@ class Worker:
     def read_residual(self, x_now):
         """S0"""
         assert not self.grid.lacking(x_now).any(), "words of x are not whole"  # (4)
-        self.x = self.grid.from_word(x_now)[self.k.column]                  # (a)
+        self.x = self.grid.value_of(x_now)[self.k.column]                  # (a)
 
     def normalize(self):
         """S1: two passes within a thread, then groups of n values merge: lanes in pairs, then warps."""
-        k, n, lane = self.k, self.k.COLS, np.arange(self.k.LANES)
+        k, n, lane = self.k, self.k.COLS, np.arange(self.k.TEAM_LANES)
         mean = self.x.mean(1)
         squares = ((self.x - mean[:, None]) ** 2).sum(1)
-        mean, squares = mean.reshape(k.TEAM_WARPS, k.LANES), squares.reshape(k.TEAM_WARPS, k.LANES)
-        while n < k.COLS * k.LANES:
+        mean, squares = mean.reshape(k.TEAM_WARPS, k.TEAM_LANES), squares.reshape(k.TEAM_WARPS, k.TEAM_LANES)
+        while n < k.COLS * k.TEAM_LANES:
             other = lane ^ n // k.COLS                                      # of __shfl_xor_sync
             squares = squares + squares[:, other] + (mean[:, other] - mean) ** 2 * (0.5 * n)
             mean, n = 0.5 * (mean + mean[:, other]), 2 * n
@@ -250,7 +251,7 @@ class Worker:
             n = min(k.TILE_ROWS, k.QKV_ROWS - i)
             value = self.dot_tile(self.xn1, n, (h * 3 * k.HS + first + i) % 8, True)
             for r in range(k.RANKS):
-                self.peer(r).qkv[first + i:first + i + n] = value
+                self.in_rank(r).qkv[first + i:first + i + n] = value
 
     def rotate_and_append(self, layer, h):
         """S3, S4: the last rank writes to the cache; all ranks use k and v as the cache rounds them."""
@@ -266,41 +267,42 @@ class Worker:
         self.qkv[:] = np.nan                                                # (d)
 
     def attend(self, layer, h):
-        """S5: WARPS * WARP_TOKENS groups of lanes, each with peak, l, o of its tokens, a slot's at once."""
+        """S5: WARPS * WARP_POSITIONS groups of lanes, with peak, denom, o of its tokens, a slot's at once."""
         k, plan = self.k, self.plan
-        warp, sub = np.indices((k.WARPS, k.WARP_TOKENS))
-        m, l, o = np.full(warp.shape, -1e30), np.zeros(warp.shape), np.zeros((*warp.shape, k.HS))
-        if plan.rank == k.RANKS - 1:                                            # the new token
-            m[-1, 0], l[-1, 0], o[-1, 0] = self.k_now @ self.q, 1, self.v_now
+        warp, sub = np.indices((k.WARPS, k.WARP_POSITIONS))
+        peak, denom = np.full(warp.shape, -1e30), np.zeros(warp.shape)
+        o = np.zeros((*warp.shape, k.HS))
+        if plan.rank == k.RANKS - 1:                                            # the token of this step
+            peak[-1, 0], denom[-1, 0], o[-1, 0] = self.k_now @ self.q, 1, self.v_now
             self.grid.touched["kv"][layer, h, self.grid.position] += 1
         u = np.arange(k.BATCH)[:, None, None]
-        for t0 in range(plan.first_token, plan.end_token, k.KV_TOKENS):
-            n = min(k.KV_TOKENS, plan.end_token - t0)
+        for t0 in range(plan.first_cached, plan.end_cached, k.KV_POSITIONS):
+            n = min(k.KV_POSITIONS, plan.end_cached - t0)
             (keys, values), _, touched = self.wait_full()
-            t = warp * k.WARP_TOKENS + sub + u * k.STRIDE                   # [BATCH, WARPS, WARP_TOKENS]
+            t = warp * k.WARP_POSITIONS + sub + u * k.STRIDE                # [BATCH, WARPS, WARP_POSITIONS]
             valid, t = t < n, np.minimum(t, n - 1)
             np.add.at(touched, t[valid], 1)
             score = np.where(valid, keys[t] @ self.q, -1e30)
-            peak = np.maximum(m, score.max(0))
-            shrink, e = np.exp2(m - peak), np.where(valid, np.exp2(score - peak), 0)
-            m, l = peak, l * shrink + e.sum(0)
-            o = o * shrink[..., None] + (e[..., None] * values[t]).sum(0)
-        of_warps = [merge(*of_lanes) for of_lanes in zip(m, l, o, strict=True)]
+            higher = np.maximum(peak, score.max(0))
+            shrink, p = np.exp2(peak - higher), np.where(valid, np.exp2(score - higher), 0)
+            peak, denom = higher, denom * shrink + p.sum(0)
+            o = o * shrink[..., None] + (p[..., None] * values[t]).sum(0)
+        of_warps = [merge(*of_lanes) for of_lanes in zip(peak, denom, o, strict=True)]
         self.push_attention(*merge(*map(np.array, zip(*of_warps, strict=True))))  # (e)
 
-    def push_attention(self, m, l, o):
-        """ClusterReduce, first half: o [HS] in slices to the ranks that own them, peak and l to all."""
+    def push_attention(self, peak, denom, o):
+        """ClusterReduce, first half: o [HS] in slices to the ranks that own them, peak and denom to all."""
         for r in range(self.k.RANKS):
-            self.peer(r).peer_o[self.plan.rank] = o[r * self.k.OUT_ROWS:(r + 1) * self.k.OUT_ROWS]
-            self.peer(r).peer_peak_denom[self.plan.rank] = m, l
+            self.in_rank(r).rank_o[self.plan.rank] = o[r * self.k.OUT_ROWS:(r + 1) * self.k.OUT_ROWS]
+            self.in_rank(r).rank_peak_denom[self.plan.rank] = peak, denom
 
     def out_rows(self):
         """S6, S7"""
-        _, l, o = merge(*self.peer_peak_denom.T, self.peer_o)
+        _, denom, o = merge(*self.rank_peak_denom.T, self.rank_o)
         for i in range(0, self.k.OUT_ROWS, self.k.TILE_ROWS):
             n = min(self.k.TILE_ROWS, self.k.OUT_ROWS - i)
-            self.axpy_tile(o[i:i + n] / l, n)
-        self.peer_o[:], self.peer_peak_denom[:] = np.nan, np.nan
+            self.axpy_tile(o[i:i + n] / denom, n)
+        self.rank_o[:], self.rank_peak_denom[:] = np.nan, np.nan
 
     def hidden_units(self, end):
         """S8: from the unit at which the block stopped before up to its `end`-th."""
@@ -318,12 +320,12 @@ class Worker:
         for team in range(k.TEAMS):
             y[k.column] = self.y[team]
             for r in range(k.RANKS):
-                self.peer(r).sums[self.plan.rank * k.TEAMS + team] = y[r * k.OWN:(r + 1) * k.OWN]
+                self.in_rank(r).sums[self.plan.rank * k.TEAMS + team] = y[r * k.OWN:(r + 1) * k.OWN]
 
     def add_to_residual(self, x_next):
         """S9: the sum of this rank's columns over the cluster, as integers."""
         own = slice(self.plan.rank * self.k.OWN, (self.plan.rank + 1) * self.k.OWN)
-        x_next[own] += self.grid.to_word(self.sums.sum(0))
+        x_next[own] += self.grid.addend(self.sums.sum(0))
         self.sums[:] = np.nan
 
     def lm_head(self, x):
@@ -337,10 +339,10 @@ class Worker:
         return best
 
 
-def merge(m, l, o):
-    """m, l, o of sets of tokens (axis 0) as those of all: o = sum 2^(s_t - m) v_t, l = sum 2^(s_t - m)."""
-    shrink = np.exp2(m - m.max())
-    return m.max(), shrink @ l, shrink @ o
+def merge(peak, denom, o):
+    """Results of sets of tokens (axis 0) as those of all: o = sum 2^(s_t - peak) v_t, denom without v_t."""
+    shrink = np.exp2(peak - peak.max())
+    return peak.max(), shrink @ denom, shrink @ o
 
 
 def pack(logit, token):
@@ -369,13 +371,13 @@ class Emulator:
         owner = self.model if layer < 0 else self.model.blocks[layer]
         return getattr(owner, name).detach()[rows].double().numpy()
 
-    def to_word(self, v):
+    def addend(self, v):
         """One addition of v to a word of x: fixed point, and a count in the lowest COUNT_BITS."""
         fits = np.abs(v) < self.k.FIXED_LIMIT
         fixed = np.where(fits, np.rint(v * self.fixed_one), self.k.FIXED_NAN).astype(np.int64)
         return (fixed << self.k.COUNT_BITS) + 1
 
-    def from_word(self, word):
+    def value_of(self, word):
         q = word >> self.k.COUNT_BITS
         return np.where(np.abs(q) < self.k.FIXED_EDGE, q / self.fixed_one, np.nan)
 
@@ -385,19 +387,20 @@ class Emulator:
 
     def lacking(self, x_now):
         """0 for a word of x that is complete; else the number of additions that it lacks."""
-        return (self.blocks // self.k.RANKS + 1 + self.first_count(self.swaps) - x_now) % (1 << self.k.COUNT_BITS)
+        wanted = self.blocks // self.k.RANKS + 1 + self.first_count(self.swaps)
+        return (wanted - x_now) % (1 << self.k.COUNT_BITS)
 
-    def carry(self, x, layer, x_next):
+    def carry_x(self, x, layer, x_next):
         """S9: what x_next needs beside the clusters' sums, for all C columns at once.
 
         Here it comes first and replaces the old word. In the kernel sums may come earlier, so the carrier
         subtracts the old word instead.
         """
         sums = x + self.weight(layer, "b_out") + self.weight(layer, "b_down")
-        x_next[:] = self.to_word(sums) + self.first_count(self.swaps + 1)
+        x_next[:] = self.addend(sums) + self.first_count(self.swaps + 1)
 
     def x(self):
-        return self.from_word(self.residual[self.swaps % 2])
+        return self.value_of(self.residual[self.swaps % 2])
 
     def launch(self, token, position, first_layer=0, end_layer=None, lm_head=True):
         """Layers first_layer..end_layer - 1 for `token` at `position`; if first_layer is not 0, with the x
@@ -419,7 +422,7 @@ class Emulator:
                 w.read_residual(self.residual[self.swaps % 2])
         for layer in range(first_layer, end_layer):
             x_next = self.residual[(self.swaps + 1) % 2]
-            self.carry(self.x() if layer else embedding, layer, x_next)
+            self.carry_x(self.x() if layer else embedding, layer, x_next)
             for first in range(0, self.blocks, k.RANKS):
                 self.run_cluster(self.workers[first:first + k.RANKS], layer, x_next)
             self.swaps += 1
@@ -449,7 +452,7 @@ class Emulator:
             for w in ranks:                                                 # (1)
                 w.rotate_and_append(layer, h)                               # S3, S4
                 w.attend(layer, h)                                          # S5
-                w.hidden_units(w.done + w.plan.filler)                             # S8, while m, l, o travel
+                w.hidden_units(w.done + w.plan.filler)                             # S8, while results travel
             for w in ranks:                                                 # (2)
                 w.out_rows()                                                # S6, S7
         for w in ranks:
@@ -509,7 +512,7 @@ rank      of a head: {k.QKV_ROWS} of {3 * k.HS} rows of q, k, v
           of the cluster's sum: {k.OWN} of {k.C} columns
 team      {k.TEAM} threads ({k.TEAM / 32:g} warps) with {k.COLS} columns of a row each; {k.TEAMS} in a block
 tile      {k.TILE_ROWS} rows, {k.ROWS} for each team, in {k.HALF_TILES} slots
-slot      {k.HALF_TILE_ROWS} rows, {k.SLOT_BYTES} bytes; or k and v of {k.KV_TOKENS} tokens
+slot      {k.HALF_TILE_ROWS} rows, {k.SLOT_BYTES} bytes; or k and v of {k.KV_POSITIONS} tokens
 ring      {k.SLOTS} slots, {ring / 1024:.0f} of {k.SHARED_BYTES / 1024:.0f} KiB shared memory
           together the rings hold {ring * blocks / 1e6:.1f} MB, {ring * blocks * us:.2f} us of reading
 
@@ -528,11 +531,11 @@ blocks  heads  hidden units   KB of heads   KB of K/V   KB of units   KB of all"
     print(f"""\
 the fullest block reads {work[:, 5].max() / work[:, 5].mean() - 1:.1%} more than the mean; in the division, \
 a head's small steps
-count as {k.ATTENTION_BYTES // 1024} KiB more, and K/V as {k.KV_WEIGHT / 2:g} times its size
+count as {k.ATTENTION_BYTES // 1024} KiB more, and K/V as {k.KV_COST / 2:g} times its size
 
 exchanged in a layer, KB:
 (1) q, k, v     {gather / 1e3:9.1f}   between shared memories, 1/{k.RANKS} of it within a block
-(2) peak, l, o  {slices / 1e3:9.1f}   likewise
+(2) results     {slices / 1e3:9.1f}   likewise
 (3) y           {4 * blocks * k.TEAMS * k.C / 1e3:9.1f}   likewise
 sums of y       {8 * clusters * k.C / 1e3:9.1f}   added to x in L2 by {clusters} clusters
 (4) x           {8 * blocks * k.C / 1e3:9.1f}   read from L2 by {blocks} blocks""")

@@ -156,7 +156,7 @@ uint32_t address(int block, const void* own) {
 uint8_t* at(uint32_t address) { return blocks[address >> 18].shared + address % (1 << 18); }
 
 uint32_t __cvta_generic_to_shared(const void* p) { return address(blockIdx.x, p); }
-uint32_t peer(const void* own, int rank) { return address(blockIdx.x / CLUSTER * CLUSTER + rank, own); }
+uint32_t in_rank(const void* own, int rank) { return address(blockIdx.x / CLUSTER * CLUSTER + rank, own); }
 
 struct Mbarrier { int bytes : 31; unsigned phase : 1; uint16_t arrivals, missing; };
 static_assert(sizeof(Mbarrier) == sizeof(uint64_t));

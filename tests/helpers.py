@@ -426,7 +426,7 @@ class Simulated(Fused):
         self.library = ctypes.CDLL(str(library))
         blocks, k = clusters * self.defines["CLUSTER"], kernel_constants(self.defines)
         threads = blocks * k.WORKERS
-        assert threads >= k.C / 2 and threads * k.KEPT >= k.V, "fused_launch would refuse"
+        assert threads >= k.C / 2 and threads * k.HELD >= k.V, "fused_launch would refuse"
         self.allocate(model, None, blocks)
 
     def submit(self, first_layer, end_layer, tokens):

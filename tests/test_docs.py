@@ -107,7 +107,7 @@ def test_layer_in_time():
         f"rows {qkv}..{qkv + k.QKV_ROWS - 1}: head {plan.cluster}", f"S8: units {tiles[0]}, {tiles[1]}; (1)",
         f"S8: units {tiles[2]}, {tiles[3]}; (2)",
         f"output rows {out}..{out + k.OUT_ROWS - 1}; S8: units {tiles[4]}",
-        f"tokens {', '.join(str(plan.first_token + i * k.STRIDE) for i in range(k.BATCH))}",
+        f"positions {', '.join(str(plan.first_cached + i * k.STRIDE) for i in range(k.BATCH))}",
         f"columns {(plan.rank + 1) * k.OWN - 2} and {(plan.rank + 1) * k.OWN - 1} of x", f"a layer {kb:.0f}",
         f"hidden unit {unit} of block {block}", f"w_up + {unit} * C, {2 * k.C} bytes", f"units, {tiles[1]}",
         f"copied {up} half tiles: {of_qkv} for S2, and {up - of_qkv} for the first tile",
@@ -115,7 +115,7 @@ def test_layer_in_time():
         f"{copied.n * k.C * 2} bytes of rows and {bias_bytes} of biases at full[{up % k.SLOTS}]",
         f"dots[{lane}]", f"lanes {lane}, {lane + 8}, {lane + 16} and {lane + 24}. Lane {lane} writes",
         f"bias[{up % k.SLOTS}][{copied.first % 8 + unit - copied.first}]",
-        f"{k.WARPS * k.LANES // k.ROWS} threads have h_{unit}", f"arrives in slot {down % k.SLOTS}",
+        f"{k.WARPS * k.TEAM_LANES // k.ROWS} threads have h_{unit}", f"arrives in slot {down % k.SLOTS}",
         f"other {plan.units.size - 1} units and its {k.OUT_ROWS} output rows",
         f"which is block {rank0}: sums[{plan.rank}]",
         f"block {blocks - 1} is the carrier of column 0", f"After {plan.clusters} clusters"]

@@ -40,10 +40,11 @@ def test_coverage(name):
         blocks = emulator.fitting_clusters(cluster, 132) * cluster
         # rows of the LM head do not depend on the position
         miscopied += sum(uncovered(k, blocks, position, position == 0) for position in EMULATED_POSITIONS)
-        tokens = [t for base in range(k.WARPS * k.WARP_TOKENS) for t in range(base, k.KV_TOKENS, k.STRIDE)]
+        tokens = [t for base in range(k.WARPS * k.WARP_POSITIONS)
+                  for t in range(base, k.KV_POSITIONS, k.STRIDE)]
         # columns are a thread's, rows a team's, tokens of some lanes
         misowned += sum(sorted(owned) != list(range(n)) for owned, n in (
-            (k.column.ravel(), k.C), (k.row[:, :k.ROWS].ravel(), k.TILE_ROWS), (tokens, k.KV_TOKENS)))
+            (k.column.ravel(), k.C), (k.row[:, :k.ROWS].ravel(), k.TILE_ROWS), (tokens, k.KV_POSITIONS)))
     report(name, "rows and cached tokens not copied exactly once", miscopied)
     report(name, "parts of a tile without exactly one owner", misowned)
 
@@ -82,7 +83,7 @@ def test_emulator(name, positions):
             token = int(torch.randint(V, (), generator=rng))
 
             # one addition of x, and all that a word then lacks
-            grid.residual[grid.swaps % 2] = grid.to_word(x.numpy())
+            grid.residual[grid.swaps % 2] = grid.addend(x.numpy())
             grid.residual[grid.swaps % 2] += grid.lacking(grid.residual[grid.swaps % 2])
             grid.launch(token, position, 1, 2, lm_head=False)
             rope = model.rope[:, position:position + 1]
@@ -157,6 +158,6 @@ def test_constants_refused():
     good = build.constants(Config.from_name("pythia-2.8b"))
     for field, value, words in (("ROWS", 3, "power of two"), ("ROWS", 32, "two tiles"),
                                 ("HEADS", 16, "as wide"), ("CLUSTER", 16, "evenly"),
-                                ("THREADS", 1024, "1024 threads")):
+                                ("MIN_WORKERS", 1024, "1024 threads")):
         with pytest.raises(Refused, match=words):
             kernel_constants(good | {field: value})
