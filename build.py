@@ -4,8 +4,8 @@
     python build.py --compile-only --arch sm_90a            compile all ten shapes; needs nvcc, but no GPU
 
 The kernel's shape is a set of compile-time constants. Libraries are kept where torch keeps its extensions
-(TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions), one for each source, set of flags, version of nvcc, and
-kind of machine.
+(TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions), one for each source, set of flags, version of nvcc and
+of torch, and kind of machine.
 """
 import ctypes
 import fcntl
@@ -79,9 +79,9 @@ def constants(config, arch="sm_90a", cluster=None, threads=None, rows=None, atte
                               ("LayerNorm eps", c.eps, c.eps == 1e-5)):
         if not fits:
             raise Refused(f"the fused kernel has no code for {what} {value}: run without fused")
-    if rows is None:  # two slots of 16 to 24 KB; less where the ring would not hold two tiles
+    if rows is None:  # a tile fills two slots of 16 to 24 KB; less where the ring would not hold two tiles
         rows = 2 if SHARED_BYTES[arch] < 128 * 1024 else 8 if c.hidden < 4096 else 4
-    if threads is None:  # docs/results.md has the measurements of these three
+    if threads is None:  # docs/results.md has the measurements of rows, threads and clusters
         threads = 384 if 512 < c.hidden < 1024 else 256
     if attention_kib is None:
         attention_kib = 6 * cluster if c.hidden <= 1024 else 0
@@ -136,12 +136,12 @@ def load(defines, arch, source=SOURCE):
         cpp_extension.CUDA_HOME = str(Path(nvcc()).parents[1])
         # ninja may lie beside a Python that is called by its path
         os.environ["PATH"] = os.environ.get("PATH", os.defpath) + os.pathsep + os.path.dirname(sys.executable)
-        with tempfile.TemporaryDirectory(prefix="build_", dir=folder) as place:  # no lock or name of before
+        with tempfile.TemporaryDirectory(prefix="build_", dir=folder) as place:  # free of older locks
             try:
                 cpp_extension.load(Path(place).name, [str(source)], extra_cuda_cflags=flags(defines, arch),
                                    build_directory=place, is_python_module=False)
             except (RuntimeError, subprocess.CalledProcessError) as error:
-                # the first line has the command, if there are more
+                # if there are several lines, the first one is the command
                 raise does_not_compile(source, arch, str(error).partition("\n")[2] or str(error)) from error
             # now it is whole: a killed linker leaves half a file
             Path(place, f"{Path(place).name}.so").replace(library)
@@ -196,7 +196,7 @@ def nvcc_version(path):
 
 
 def first_error(text):
-    """The line of a compiler's output that names the cause, which is not the one that ends it."""
+    """The line of a compiler's output that names the cause, which usually is not the last line."""
     words = "error|fatal|cannot|no such|not found|no space|denied|undefined|killed"
     named = re.search(rf"^(?!.*(warning|exit status)).*({words}).*", text, re.MULTILINE | re.IGNORECASE)
     return (named[0] if named else text).strip().partition("\n")[0][:300] or "no message"
@@ -215,7 +215,7 @@ def device_arch(device):
 
 
 def memory_rate(gpu):
-    """Bytes a ns that memory delivers, by the driver's properties of a GPU; an H200's where it tells none."""
+    """Bytes a ns that memory delivers, from the driver's properties; an H200's if the driver has none."""
     clock, bus = getattr(gpu, "memory_clock_rate", 0), getattr(gpu, "memory_bus_width", 0)  # kHz, bits
     return 2 * clock * bus // 8 // 10**6 or 4814  # two transfers in a cycle of the clock
 
@@ -276,7 +276,7 @@ class Fused:
         pinned = {"device": "cpu", "pin_memory": device.type == "cuda"}  # the kernel writes these to the host
         self.residual = zeros(2, C, dtype=torch.int64)
         self.logits = zeros(V)
-        self.history = zeros(c.context, dtype=torch.int32, **pinned)     # the token chosen at each position
+        self.history = zeros(c.context, dtype=torch.int32, **pinned)     # tokens chosen after each position
         self.state = zeros(64, dtype=torch.int32)                        # the kernel's State
         self.settings = zeros(24, dtype=torch.uint8)                     # the kernel's Settings
         self.failure = zeros(4, dtype=torch.int32, **pinned)             # outlives the CUDA context
@@ -317,7 +317,7 @@ class Fused:
             return self.logits.clone().view(1, 1, -1)
 
     def begin(self):
-        """Begins another text, behind the launches of the older one; returns its number, for `decode`."""
+        """Begins another text, after the launches of the older one; returns its number, for `decode`."""
         with self.lock:
             if self.last is not None:  # they may be on another stream
                 torch.cuda.current_stream(self.device).wait_event(self.last)
@@ -341,7 +341,7 @@ class Fused:
         """Layers first_layer..end_layer - 1 on the current stream.
 
         With first_layer 0, x begins as the token's embedding, otherwise as the x of the last launch. With
-        `tokens`, the launch makes so many tokens, fewer at the end of the context: for each of them, all
+        `tokens`, the launch makes that many tokens, fewer at the end of the context: for each of them, all
         layers run, and the LM head chooses the next token.
         """
         if first_layer not in (0, self.next_layer):
@@ -359,7 +359,7 @@ class Fused:
 
     def step(self, tokens=1):
         """Starts a launch on the current stream that makes `tokens` tokens, and does not wait for it."""
-        if not self.use_graph or tokens != self.TOKENS:  # other numbers are rare: a capture takes longer
+        if not self.use_graph or tokens != self.TOKENS:  # other numbers are too rare for a capture
             return self.launch(0, self.config.n_layer, tokens)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
@@ -373,7 +373,7 @@ class Fused:
     def decode(self, token, pos, steps, sampler=GREEDY, text_number=None):
         """Yields `steps` ids (ints) after `token` at `pos`; the GPU is a launch ahead of what is yielded.
 
-        `text_number` is what `begin` returned, if `begin` was called before the cache was filled. All launches
+        `text_number` is what `begin` returned, if that was called before the cache was filled. All launches
         go to the stream that is current at the first launch. Raises Refused when another text begins.
         """
         end = pos + steps
@@ -401,7 +401,8 @@ class Fused:
 
     def check_text(self, text_number):
         if text_number != self.text_number:
-            raise Refused("another text has begun on this decoder: make a Fused for each text at a time")
+            raise Refused("another text has begun on this decoder: finish one text first, or make a Fused "
+                          "for each")
 
     def wait(self, work):
         """Waits for `work`, an event or a stream; RuntimeError names the sync where a launch gave up."""

@@ -43,7 +43,7 @@
 //     keys and values of T tokens: 4*C*T bytes      1.31 MB / 4.62 TB/s =    0.3 us a layer
 //     L layers, 2*V*C bytes of the LM head, biases 5.335 GB / 4.62 TB/s = 1154   us a token: the floor
 // The 4.62 TB/s are measured: the fastest of several kernels that only read reaches this rate on this H200.
-// The kernel below takes 1230 us for a token, 7 % above the floor. Arithmetic is not the limit: even without
+// The kernel below takes 1232 us for a token, 7 % above the floor. Arithmetic is not the limit: even without
 // GELU and without the sums across threads, a token takes the same time within 0.3 %. One goal explains
 // nearly everything in this file: memory must never sit idle.
 //
@@ -133,9 +133,9 @@
 //
 // Why does a head need two blocks? A layer has 4*C + 2*MLP = 30720 rows, so a fair share is 233 rows for each
 // of the 132 blocks. A head has 4*HS = 320 rows: q, k, v and output. A block with a whole head would be late,
-// and all others would wait for it at (4): a token takes 1546 us instead of 1225. In a cluster of 2, each
+// and all others would wait for it at (4): a token takes 1551 us instead of 1223. In a cluster of 2, each
 // block has 160 rows of the head, and hidden units fill the rest of its share. Larger clusters gain nothing
-// more: 1232 us with 4 blocks, 1223 with 8.
+// more: 1231 us with 4 blocks, 1219 with 8.
 
 // 3. The layer loop =======================================================================================
 // The loop below is what one worker does. A few sizes come first, with their values for 2.8b in brackets. The
@@ -243,7 +243,8 @@ __device__ void run(int first_layer, int end_layer, int new_tokens,
     // Start to load the gains and biases of the next layer, which do not depend on x.
     norms = load_norms(layer + 1); mark(MARK_ADDED, layer);
 
-    // Swap the buffers. carried_next is what the carriers will subtract (chapter 8).
+    // Swap the buffers. What the carriers have read from x_now is the old value that they subtract in the
+    // next layer (chapter 8).
     long long* const previous = x_now;
     x_now = x_next, x_next = previous, carried_next = carried_now, swaps++, layer++;
   }
@@ -260,12 +261,12 @@ const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;  // of this worke
 // number of a thread in its warp is its *lane*, and a lane can read a register of another lane by a
 // *shuffle*. In five shuffles, each lane adds what the lane at distance 1, 2, 4, 8 and 16 has, and then has
 // the sum of all 32. After that, the 10 warps exchange their sums through shared memory, which takes a sync.
-// This is a *reduction*, and one of them takes longer than memory needs to deliver a row.
+// This is a *reduction*. One for every row would take longer than memory needs to deliver the row.
 //
 // The answer. 8 rows share one reduction: they are a *tile*. Each worker multiplies its columns of all 8 rows
-// before the sums are reduced together. With tiles of 2 rows a token takes 2018 us, with 4 rows 1232, with 8
-// rows 1228. With 16 rows it takes 68 % longer than with 8, because only two such tiles fit into shared
-// memory.
+// before the sums are reduced together. With tiles of 2 rows a token takes 2018 us, with 4 or 8 rows 1221 and
+// 1223. (A token of pythia-160m takes 87 us with 4 rows, and 82 with 8.) With 16 rows it takes 68 % longer
+// than with 8, because only two such tiles fit into shared memory.
 //
 // A tile arrives in two *half tiles* of 4 rows, each in a *slot* of shared memory. The next chapter explains
 // how. Here, the next tile is already there.
@@ -329,8 +330,8 @@ int flip = 0;                                   // which of two arrays, warp_dot
 //   bytes   n * C * 2 from shared memory, 41 KB for 8 rows
 //   syncs   for each half tile: (F) its rows are here, (E) they were read (chapter 5). One (c)
 // At (c) every warp waits until all 10 warps have written their sums to warp_dots. One sync is enough,
-// because tiles use warp_dots[0] and warp_dots[1] in turn. A warp that writes to warp_dots[0] again has
-// passed the (c) of the tile between. Every warp has reached that (c) after reading warp_dots[0].
+// because tiles use warp_dots[0] and warp_dots[1] in turn. Before a warp writes to warp_dots[0] again, it
+// passes the (c) of the tile between. No warp comes to that (c) before it has read warp_dots[0].
 //
 // If a row is missing, the loop multiplies old bytes in its place, and the result is not used. Without a test
 // for each row, the GPU can start the loads of all 4 rows before it multiplies.
@@ -448,9 +449,10 @@ __device__ void free_slot() {
 // RULE. A slot has no label. The producer has to copy exactly the tiles that the workers use, in the same
 // order, so copy_layers() below has the same loops as Worker::run. With a wrong order, workers multiply wrong
 // rows, and the tests, which compare every stage with float64, turn red. With a wrong number of tiles, the
-// launch ends with an error about (F) or (E). So a new stage has to be added to Worker::run and to its model
-// in numpy, emulator/emulator.py, to copy_layers() if it reads rows, and to make_plan() if some blocks do
-// more of it than others (chapter 10).
+// launch ends with an error about (F) or (E).
+//
+// To add a stage, change Worker::run and its model in numpy, emulator/emulator.py. If the stage reads rows,
+// change copy_layers(), too. If some blocks do more of it than others, change make_plan() (chapter 10).
 static constexpr int KV_POSITIONS = SLOT_BYTES / (4 * HS);  // cached positions in a slot [64]
 
 struct Producer {  // one thread of each block
@@ -462,8 +464,8 @@ struct Producer {  // one thread of each block
   unsigned long long earliest_ns = 0;  // no copy may start before this time
 
   // Waits until the next slot is empty and until it is time for the copy (keep_pace, chapter 17). Then
-  // announces the copy's bytes. In the first trip all slots are empty, and the producer does not wait at (E):
-  // it asks for the end of a phase of parity 1, while phase 0 is running.
+  // announces the copy's bytes. In the first trip all slots are empty, and phase_running() is false at once:
+  // it is asked for parity 1, and phase 0 is running.
   __device__ void claim(uint32_t bytes) {
     wait(m, s, &s.empty[cursor.slot], cursor.parity ^ 1, SYNC_EMPTY);  // (E)
     keep_pace(earliest_ns, bytes);
@@ -579,8 +581,8 @@ __device__ Norms load_norms(int layer) const {
 //   math    x <- (x - mean) / sqrt(variance + eps); then xn1 = x * w1 + b1 and xn2 = x * w2 + b2
 //   who     every block, for itself. If one block did it for all, the others would have to wait for it
 //   bytes   8 * C, 20 KB
-//   syncs   (b) makes every warp wait for warp_stats of all warps. There is always another sync of the block
-//           before they are written again
+//   syncs   (b) makes every warp wait for warp_stats of all warps. Before warp_stats is written again, there
+//           is always another sync of the block
 // Each thread takes the mean of its 8 values, and `squares`, the sum of squared distances from this mean.
 // Then lanes and warps are merged. Chapter 16 has the formulas, and says why.
 static constexpr float LN_EPS = 1e-5f;
@@ -658,9 +660,9 @@ __device__ void hidden_units(const Columns& xn2, int& done, int end) {
 //           rank_peak_denom  peak and denom of its positions (S5)    all ranks
 //     (3)   sums             its y, in parts                         owner of the column: a ClusterReduce
 //
-// When may a rank push into an inbox again? When it has seen that the receiver has read the inbox. No extra
-// signal is needed for this. Some later message of the receiver, for which the sender waits anyway, is sent
-// only after the receiver has read the inbox. Chapter 13 has this message for each inbox.
+// When may a rank push into an inbox again? When the receiver has read the inbox. The sender needs no extra
+// signal to know this: it waits for a later message of the receiver anyway, and the receiver sends that
+// message only after reading. Chapter 13 has this message for each inbox.
 //
 // in_rank(place, r) is the address of `place` in the shared memory of rank r. push stores one float there,
 // push4 four.
@@ -960,9 +962,11 @@ __device__ long long* buffer(unsigned swaps) const { return m.residual + swaps %
 //   who     a thread for each pair of columns, in the last blocks of the grid, 128 to 131, which have no head
 //   bytes   8 * C for the whole grid, 20 KB to L2
 //   syncs   none
-// carried_now holds this thread's two words of x_now, as last read. carried_next holds those of x_next, as
-// read one layer before, when that buffer was x_now. Subtracting this whole old word cancels its value and
-// its count. Differences are unsigned, because signed overflow is undefined in C++.
+// carried_now holds this thread's two words of x_now, and carried_next holds those of x_next, as read one
+// layer before, when that buffer was x_now. Subtracting this whole old word cancels its value and its count.
+// Layer 0 reads no words. Its carried_now is from the pass before, which has chosen the token and has not
+// swapped the buffers, so the words are still those of x_now. Differences are unsigned, because signed
+// overflow is undefined in C++.
 __device__ void carry_x(int layer, int token, long long* x_next, unsigned swaps) const {
   const int c = 2 * my_pair;
   if (c >= C) return;
@@ -989,9 +993,9 @@ __device__ void begin(int first_layer, const longlong2& carried_words) {
   norms = load_norms(first_layer);
 }
 
-// Ends a launch: clears x_next for the next launch, and writes State (chapter 12). This is safe. This block
-// has passed (4) of the last pass, so every block has finished its last layer, the last that reads this
-// buffer. And no block reads these members of State after its (0).
+// Ends a launch: clears x_next for the next launch, and writes State (chapter 12). This is safe. x_next was
+// last read in the last layer, and this block has passed the (4) that follows this layer, so no block reads
+// x_next any more. And no block reads these members of State after its (0).
 __device__ void finish(long long* x_next, int token, int position, unsigned swaps) const {
   if (lane == 0) barrier_arrive(&s.workers_done);
   if (2 * my_pair < C) x_next[2 * my_pair] = x_next[2 * my_pair + 1] = 0;
@@ -1038,7 +1042,7 @@ __device__ void read_x(int layer, int token, const long long* x_now, unsigned sw
 
 // If all threads read again and again (*polled*), they would slow down the additions that they wait for: a
 // token would take 5 % longer. So thread 0 polls alone, and only the last pair of its rank's columns, which
-// clusters add last. After PATIENCE, 3 s by clock64(), the clock of its processor, it gives up (chapter 18).
+// clusters add last. After 3 s, PATIENCE, it gives up (chapter 18). clock64() is the clock of its processor.
 __device__ void wait_for_x(const long long* x_now, unsigned wanted) const {
   if (tid == 0) {
     const long long start = clock64();
@@ -1095,7 +1099,7 @@ __device__ void read_embedding(int token, Columns& x) const {
 // So a draw is the argmax of these *noisy logits* (the Gumbel-max trick). At temperature 0 the noise is 0.
 //
 // delay_i comes from Philox, a function that scrambles (seed, position, token) into random bits and keeps no
-// state (chapter 16). So the text depends neither on the size of the grid nor on the number of tokens that a
+// state (chapter 16). So the noise depends neither on the size of the grid nor on the number of tokens that a
 // launch makes, and Sampler in model.py computes the same noise.
 //
 // At (5) the grid *votes*: each block contributes the largest noisy logit of its rows, and all blocks get the
@@ -1123,8 +1127,8 @@ __device__ int next_token(const Columns& xn, int position, int end) {
 }
 
 // The next token: of all tokens that top-k and top-p keep, the one with the largest noisy logit; -1 if the
-// largest logit is not finite. `bound` is the packed logit of the last refused candidate, 0 in the first
-// vote.
+// largest logit is not finite. `bound` is the packed logit of the last refused candidate, and 0 in the first
+// vote. All tokens that are less likely than a refused candidate are refused with it.
 __device__ int choose() {
   unsigned long long bound = 0, whole = 0;
   float largest = 0;
@@ -1159,9 +1163,9 @@ __device__ int held_token(int k) const {
 //   who     each block, for the rows in s.lm_rows; one thread holds the logit of a row
 //   bytes   2 * V * C / 132, 1.95 MB, 56 us
 //   syncs   (F) (E) for each half tile; (c) for each tile. read_x has passed (4)
-// In this loop workers are faster than memory, so after half of it the ring is nearly empty. This is the time
-// to make the noise: meanwhile the copies go on and fill the ring. Logits also go to global memory, for
-// vote() and for tests.
+// While threads make noise, they free no slot. So they make it in the middle of the loop. There the ring is
+// nearly empty, because workers are faster than memory here, and the copies can go on. Logits also go to
+// global memory, for vote() and for tests.
 __device__ void lm_head(const Columns& in, int next_position) {
   const int size = s.lm_rows.size;
   for (int k = 0; k < HELD; k++) noise[k] = 0;
@@ -1238,8 +1242,8 @@ __device__ void vote(unsigned long long bound) {
 // each. `busy` blocks have a head, and take `few` units. The others take `many` units:
 //     cost + few = many                              all blocks read the same number of bytes
 //     busy * few + (blocks - busy) * many = MLP      all units are dealt out
-// In 2.8b, cost is 83: 80 for 160 rows of a head, 3 for keys and values. busy is 64, blocks is 132. The
-// solution is few = 34.8 and many = 117.8.
+// In 2.8b, cost is 83: 80 for the 160 rows of a head, and 3 for keys and values, whose 2 units of bytes count
+// 1.5 times (chapter 15). busy is 64, blocks is 132. The solution is few = 34.8 and many = 117.8.
 //
 // Which units does a block get? Memory is faster when all blocks read near one another. So tiles are dealt
 // out like cards, one to each block in turn, as long as there is one for every block. The rows that remain
@@ -1297,8 +1301,9 @@ static __device__ __noinline__ Plan make_plan(int block, int blocks, int positio
   plan.units = is_busy ? deal(0, units_of_busy, block, busy)
                     : deal(units_of_busy, MLP - units_of_busy, block - busy, blocks - busy);
 
-  // Do `filler` units before (1) and (2) of every head, and the rest at the end. hidden_units() advances in
-  // whole tiles, so `filler` is a multiple of TILE_ROWS.
+  // A block waits twice for each of its heads, at (1) and (2). So its units are split into equal slices: one
+  // before each wait, and one at the end. hidden_units() advances in whole tiles, so `filler` is a multiple
+  // of TILE_ROWS.
   const int slices = 2 * (heads + is_busy) + 1;
   plan.filler = ceil_div(ceil_div(plan.units.size, slices), TILE_ROWS) * TILE_ROWS;
 
@@ -1377,25 +1382,25 @@ static __device__ void thread_main(const Model& m, Shared& s, int first_layer, i
 //     took     how many us the line took, as a mean over the layers (results/bench-h200.json)
 //
 //  mark        thread 0 of block 11                                           KB  needs  took  waits for
-//  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                 1.9  L2, (a)
+//  NORM        S0: reads columns 2i, 2i + 1 of x for i = 0, 320, 640, 960                 2.0  L2, (a)
 //              S1: normalizes columns 0..7, which it has from here on                          (b)
-//  QKV         S2: rows 1320..1439: head 5, k from dimension 40 on, and v    615   17.6  13.5  memory
-//  1           S8: units 88..95, 600..607; (1)                               164    4.7   4.3  memory
+//  QKV         S2: rows 1320..1439: head 5, k from dimension 40 on, and v    615   17.6  13.4  memory
+//  1           S8: units 88..95, 600..607; (1)                               164    4.7   4.4  memory
 //  ATTEND      S3: rotates q[0] with q[10]; S4: threads 80..239 append k, v               1.7  (d)
 //              S5: takes dimensions 0..7 of positions 64, 84, 104, 124        20    0.6        (e)
 //              S5: merges o[0] of 10 warps, and pushes it to rank 0
-//  2           S8: units 1112..1119, 1624..1631; (2)                         164    4.7   3.6  memory
+//  2           S8: units 1112..1119, 1624..1631; (2)                         164    4.7   3.7  memory
 //  OUT, UNITS  S6, S7: output rows 440..479; S8: units 2078..2080            236    6.7   7.1  memory
 //  3           S9: pushes y[0..7] to rank 0; (3)                                          0.7  peer's sums
-//  ADDED       S9: adds columns 1280, 1600, 1920, 2240 of the sum to x                    0.4  L2
-//  START       (4): polls columns 2558 and 2559 of x                                      3.5  other blocks
+//  ADDED       S9: adds columns 1280, 1600, 1920, 2240 of the sum to x                    0.8  L2
+//  START       (4): polls columns 2558 and 2559 of x                                      3.1  other blocks
 //  a layer                                                                  1198   34.2  36.8
 //
 // The lines of marks QKV and 1 take less than their bytes need, because the ring is full when S2 begins. It
 // fills again during S3 to S5, so the line of mark 2 takes less, too. In all, a layer takes 2.6 us longer
 // than its bytes need. Of these, 0.6 us are explained: between two layers, in S9, (4), S0 and S1, the workers
-// free no slot for 6.5 us, but the ring fills in 5.9 us, and then memory pauses. The other 2 us are not
-// explained.
+// free no slot for 6.5 us, but even an empty ring is full after 5.9 us, and then memory pauses. The other 2
+// us are not explained.
 //
 // Follow one number: hidden unit 602 of block 11, in layer 0 of a launch's first token.
 //  1. Its up row lies in global memory: w_up + 602 * C, 5120 bytes.
@@ -1416,7 +1421,7 @@ static __device__ void thread_main(const Model& m, Shared& s, int first_layer, i
 //     pushes y[0..7] into an inbox of rank 0, which is block 10: sums[1][0..7].
 //  7. Block 10 waits until all pushes have landed, (3). Its thread 0 adds sums[0][0] and sums[1][0], turns
 //     the sum into an integer, and adds it to word 0 of x_next, in L2, together with 1 in the count.
-//  8. Thread 0 of block 131 is the carrier of column 0. Earlier or later than step 7, it adds x[0] + biases -
+//  8. Thread 0 of block 131 is the carrier of column 0. Before or after step 7, it adds x[0] + biases -
 //     old to the same word.
 //  9. After 66 clusters and the carrier have added, word 0 is complete. In every block, thread 0 polls
 //     another word until that one is complete, (4), and lets the block go on, (g). Then it reads word 0,
@@ -1476,8 +1481,8 @@ static __device__ half* cache_row(const Model& m, int layer, int kv, int head, i
 
 // One block's shared memory, 232192 bytes. REST_BYTES is at least the size of all but the ring. The ring gets
 // what REST_BYTES leaves: 10 slots, 205 KB. A slot needs room for its rows, its biases and two mbarriers of 8
-// bytes, full and empty. In REST_BYTES, 4 * (...) is x, sums and warp_o. 25 * HS is qkv (12), rank_o, q,
-// k_now with v_now (4 each), and RoPE's angles (1). 512 is for the small members.
+// bytes, full and empty. In REST_BYTES, 4 * (...) is x, sums and warp_o. 25 * HS: qkv takes 12 * HS bytes,
+// rank_o, q, and k_now with v_now take 4 * HS each, and RoPE's angles HS. 512 is for the small members.
 static constexpr int WARP_BYTES = 24 * WARPS + 8 * (ROWS + 1) * TEAMS * TEAM_WARPS;  // [960]
 static constexpr int REST_BYTES = 4 * (C + TEAMS * C + WARPS * HS) + 25 * HS + WARP_BYTES + 512;
 static constexpr int SLOTS = (SHARED_BYTES - REST_BYTES) / (SLOT_BYTES + 2 * TILE_BIASES + 16);  // [10]
@@ -1546,27 +1551,31 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory
 //
 // For example, the inbox qkv of rank 1 of cluster 5 in two layers. Times are us since layer 0 began, by the
 // table of chapter 11.
-//     1.9 .. 15.4   Both ranks do S2, and push their rows into this inbox.
-//     19.7          Rank 1 passes (1) with parity 0: all 960 bytes have landed.
-//     < 21.4        Rank 1 reads the inbox in S3. After (d), all its threads have read it.
-//     21.4          Rank 1 pushes its peak, denom and o to rank 0.
-//     25.0          Rank 0 passes (2), which needs this push.
-//     38.7          Rank 0 begins S2 of layer 1, and pushes into the inbox again. This is safe.
-//     56.5          Rank 1 passes (1) with parity 1.
+//     2.0 .. 15.4   Both ranks do S2, and push their rows into this inbox.
+//     19.8          Rank 1 passes (1) with parity 0: all 960 bytes have landed.
+//     < 21.5        Rank 1 reads the inbox in S3. After (d), all its threads have read it.
+//     21.5          Rank 1 pushes its peak, denom and o to rank 0.
+//     25.2          Rank 0 passes (2), which needs this push.
+//     38.8          Rank 0 begins S2 of layer 1, and pushes into the inbox again. This is safe.
+//     56.6          Rank 1 passes (1) with parity 1.
 //
-// Parity. A thread that waits for the end of phase n must look before phase n + 1 ends, or it would take
-// phase n + 2 for phase n and wait for ever. So one bit is enough if phase n + 1 cannot end before every
-// waiting thread has seen the end of phase n. What phase n + 1 needs:
-//     full    later rows. The producer copies them only after phase n of empty, for which every warp arrives
-//             only after it has seen phase n of full end
-//     empty   arrivals of warps that have read these later rows, and the producer copies them only after it
-//             has seen phase n of empty end
-//     (h)     the end of the next token, which needs rows that the producer copies after its wait at (h)
-//     (1)     this block's push of the next head's rows, after (d) of this head. A warp comes to this (d)
+// Parity. A thread that waits for the end of phase n has to look before phase n + 1 ends, too. Otherwise
+// phase n + 2 would be running, which has the parity of phase n, and the thread would wait for ever. So one
+// bit is enough if phase n + 1 cannot end before every waiting thread has seen the end of phase n. What phase
+// n + 1 needs:
+//     full    It needs later rows. The producer copies them only after phase n of empty. Every warp arrives
+//             at empty only after it has seen phase n of full end
+//     empty   It needs arrivals of warps that have read these later rows. The producer copies the rows only
+//             after it has seen phase n of empty end
+//     (h)     It needs the end of the next token, and so rows that the producer copies after its wait at (h)
+//     (1)     It needs this block's push of the next head's rows, after (d) of this head. A warp comes to
+//     this (d)
 //             only after (1)
-//     (2)     this block's push of the next head's peak, after (d) of the next head. A warp comes to that (d)
+//     (2)     It needs this block's push of the next head's peak, after (d) of the next head. A warp comes to
+//     that (d)
 //             only after (2) of this head
-//     (3)     this block's push of the next layer's y, after (a) of the next layer or of the choice. A warp
+//     (3)     It needs this block's push of the next layer's y, after (a) of the next layer or of the choice.
+//     A warp
 //             comes to that (a) only after (3) of this layer
 //
 // Exit. A block must not end while a push to it or from it is on its way. The last pushes of a token are
@@ -1755,8 +1764,8 @@ static __device__ float value_of(long long word) {
   const bool fits = value > -FIXED_EDGE && value < FIXED_EDGE;
   return fits ? __ll2float_rn(value) * (1 / FIXED_ONE) : __int_as_float(0x7fffffff);  // else NaN
 }
-// 0 if both words are complete. Otherwise, if both lack the same number of additions, that number (256 more
-// before the carrier has added).
+// 0 if both words are complete. Otherwise, if both have the same count, how far this count is from the wanted
+// one, modulo 512. After the carrier's addition this is the number of additions that are missing.
 static __device__ unsigned lacking(const longlong2& words, unsigned wanted) {
   return ((wanted - (unsigned)words.x) | (wanted - (unsigned)words.y)) % (1 << COUNT_BITS);
 }
@@ -1822,8 +1831,8 @@ static __device__ __noinline__ float log_delay(unsigned long long seed, uint32_t
 // Memory does not serve all processors alike. Some blocks get their rows early, and then wait at (4) for
 // blocks that get theirs late. So each producer limits itself to an equal share of PACE, in bytes a ns: after
 // a copy of b bytes it waits b * blocks / PACE ns. PACE is what memory can deliver by its clock and the width
-// of its bus, 4814 bytes a ns on an H200. Without a pace, a token takes 1245 us instead of 1225, and a token
-// of pythia-160m 83.7 instead of 81.9.
+// of its bus, 4814 bytes a ns on an H200. Without a pace, a token takes 1244 us instead of 1223, and a token
+// of pythia-160m 83.6 instead of 82.1.
 //
 // A producer that has fallen behind is not allowed to catch up. If it may catch up by 0.3 us, a token takes
 // 0.2 % longer. But global_ns() advances in steps of 32 ns, so a wait may end up to 32 ns late. Only this
@@ -1840,8 +1849,8 @@ static __device__ void keep_pace(unsigned long long& earliest_ns, uint32_t bytes
 // A wait that never ends would hang the host, too. So workers wait at (1) to (6) for 3 s at most, and the
 // producer for 6 s, so that a worker, which is closer to the cause, reports first. The other waits of workers
 // have no limit: (a) to (g), (F), and the second part of (4), where all threads read x. If workers hang
-// there, the producer reports: in the end it waits until all workers are done, workers_done, and names this
-// (F).
+// there, the producer reports. At the end it waits until all workers are done (workers_done). If this takes
+// too long, it reports (F), because (F) is where workers most likely hang.
 //
 // The first thread that reaches its limit writes a Failure to host memory: the sync, its block, the layer,
 // and a number. At (5) this is the number of blocks that have not voted, at (4) and (6) the result of
@@ -2078,8 +2087,8 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
 //
 //   1. Clusters of 1 (python bench.py --ablate). Expect 26 % more, because one block has all rows of a head.
 //      Which of (1), (2), (3) get shorter, which part of a layer longer?
-//   2. build.py: 4 ROWS instead of 8. The block adds up sums of tiles twice as often. Expect 0.3 % more. With
-//      16, the producer is at most one tile ahead. Expect two thirds more.
+//   2. build.py: 4 ROWS instead of 8. The block adds up sums of tiles twice as often. Expect no change in 2.8b,
+//      and 6 % more in 160m. With 16, the producer is at most one tile ahead. Expect two thirds more.
 //   3. make_plan: filler = 0. A block with a head waits while the pushes for (1) and (2) travel. How much is
 //      that for a token? Why do the bits of y change?
 //   4. build.py: attention_kib = 96 (ATTENTION_BYTES, chapter 15). Blocks with a head add to x 1.4 us

@@ -6,15 +6,15 @@ examples:
   python generate.py --model EleutherAI/pythia-2.8b --fused --prompt "The meaning of life is"
   python generate.py --model pythia-2.8b --random --fused --temperature 0     (speed only, no download)
 
-Prompt and text go to standard output as they come, everything else to standard error. There the last line
-is one fact to compare: model, dtype, device, new tokens, ms a token and tokens/s from the first to the last
-new token, so without loading and prompt; and why a text ended before it had --tokens. Exit code: 0; 2 and one
-sentence for what cannot be done; 130 after Ctrl-C.
+Prompt and text go to standard output as they come, everything else to standard error. The last line
+there has model, dtype, device, new tokens, ms a token and tokens/s. These times are from the first to the
+last new token, without loading and prompt. The line also says why a text ended before it had --tokens. Exit
+code: 0; 2 and one sentence for what cannot be done; 130 after Ctrl-C.
 """
 import os
 import signal
 
-if __name__ == "__main__":  # until there is text, Ctrl-C ends the process: an import can lose an exception
+if __name__ == "__main__":  # until there is text, Ctrl-C ends the process; an import may swallow it
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import math
@@ -37,8 +37,8 @@ def arguments(argv):
     either("--revision", metavar="REV",
         help="training checkpoint of a Hub model, step0 to step143000 (default: the last)")
     either("--random", action="store_true",
-        help="random weights in the size --model: no download and no tokenizer, so the prompt's bytes are "
-             "taken as token ids, and ids are printed")
+        help="random weights of the size that --model names: no download and no tokenizer, so the prompt's "
+             "bytes are taken as token ids, and ids are printed")
     add("--prompt", default="When Elizabeth saw the sea for the first time, she", metavar="TEXT",
         help="text to continue, or - to read it from standard input, less one newline at its end (default: "
              "%(default)r)")
@@ -55,7 +55,7 @@ def arguments(argv):
         help="of weights, activations and cache (default: float32 on a CPU, else float16)")
     add("--fused", action="store_true",
         help="decode with the kernel in fused_block.cu, in launches of 8 tokens: needs float16, a GPU of "
-             "compute capability 9.0, and nvcc, which compiles it once a shape")
+             "compute capability 9.0 or more, and nvcc, which compiles it once for each size")
     add("--graph", action=BooleanOptionalAction, default=True,
         help="with --fused: replay a CUDA graph (default: yes)")
     add("--explain", action="store_true",
@@ -163,12 +163,12 @@ class Text:
         if os.path.exists(path := os.path.join(folder, "tokenizer.json")):
             from tokenizers import Tokenizer
             self.tokenizer = loading(Tokenizer.from_file)(path)
-            self.tokenizer.no_truncation()  # which a file may have for batches
+            self.tokenizer.no_truncation()  # a file may have it for batches
             self.tokenizer.no_padding()
         else:
             from transformers import AutoTokenizer
             self.tokenizer = loading(AutoTokenizer.from_pretrained)(folder, trust_remote_code=False)
-            self.vocab = len(self.tokenizer)  # a model may have more tokens, at which some of these raise
+            self.vocab = len(self.tokenizer)  # ids above it: some tokenizers raise
             if self.vocab <= len(self.tokenizer.all_special_ids):  # transformers made one up
                 raise Refused(f"{folder} has no tokenizer: put its tokenizer.json beside its weights")
 
@@ -197,7 +197,7 @@ class Text:
 
 
 def quiet(model):
-    """Keeps the libraries' remarks off standard error, and their progress bars off what is no terminal."""
+    """Keeps the libraries' remarks off standard error, and progress bars off anything but a terminal."""
     import huggingface_hub.utils as hub
     from transformers.utils import logging
     logging.set_verbosity_error()
@@ -206,7 +206,7 @@ def quiet(model):
         logging.disable_progress_bar()
         hub.disable_progress_bars()
     elif not os.path.exists(model):
-        print(f"asking the Hub for {model} (not with HF_HUB_OFFLINE=1)", file=sys.stderr)
+        print(f"asking the Hub for {model} (HF_HUB_OFFLINE=1 prevents this)", file=sys.stderr)
 
 
 if __name__ == "__main__":
@@ -223,7 +223,7 @@ if __name__ == "__main__":
         sys.exit(130)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # of a reader, `head` for one, that has had enough
+        if not isinstance(error, BrokenPipeError):  # the reader, such as `head`, has closed the pipe
             print(f"generate.py: the text cannot be written ({error}): give standard output more room",
                   file=sys.stderr)
             sys.exit(2)

@@ -7,7 +7,7 @@ A function here that mirrors a function of the kernel has the same name and orde
 Thread blocks run one after another, so a sync is the place where one loop over blocks ends and the next loop
 begins. Comments such as (4) are the kernel's names of syncs. The constants are read from the kernel's source.
 Data passes from producer to workers in order and without a label, as in the ring: if the workers expect
-another tile than the producer copies, results are wrong. What has not arrived is NaN.
+a different tile from the one that the producer copies, results are wrong. What has not arrived is NaN.
 """
 import argparse
 import math
@@ -49,10 +49,11 @@ def ceil_div(a, b):
 
 
 def kernel_constants(defines):
-    """Every constexpr number of fused_block.cu as an attribute, for the -D constants of build.constants; and
+    """Every constexpr number of fused_block.cu as an attribute, for the -D constants of build.constants.
 
-    .column [TEAM, COLS]: the columns that a thread of a team owns; .row [TEAMS, TEAM_LANES]: the row of a
-    tile that a lane finishes. Raises Refused where a static_assert of the kernel fails.
+    Two more attributes: .column [TEAM, COLS]: the columns that a thread of a team owns; .row [TEAMS,
+    TEAM_LANES]: the row of a tile that a lane finishes. Raises Refused where one of the kernel's static_asserts
+    fails.
     """
     k = dict(defines)
     for several in re.findall(r"constexpr (?:int|float|long long) (\w+ = [^;]*);", SOURCE):
@@ -80,12 +81,12 @@ class Portion(namedtuple("Portion", "size tiled first_tiled first_rest blocks"))
     short stretch."""
 
     def at(self, i):
-        """The number of the block's `i`-th row."""
+        """The number of the block's `i`-th row, for an i that is a multiple of TILE_ROWS."""
         return self.first_tiled + i * self.blocks if i < self.tiled else self.first_rest + i - self.tiled
 
 
 def deal(k, first, n, index, blocks):
-    """What block `index` (of `blocks`) is dealt of rows first..first + n - 1."""
+    """Which of the rows first..first + n - 1 block `index` (of `blocks`) gets."""
     tiled = n // blocks // k.TILE_ROWS * k.TILE_ROWS
     rest = n - tiled * blocks
     begin, end = rest * index // blocks, rest * (index + 1) // blocks
@@ -191,7 +192,7 @@ class Worker:
         return slot, biases, grid.touched[at.matrix][at.layer][rows]
 
     def tile(self, n):
-        """The next tile, n rows, a team at a time: yields biases, team, r [..], rows [.., TEAM, COLS]."""
+        """The next tile, n rows, a team at a time: yields biases, team, their r, rows [r, TEAM, COLS]."""
         k = self.k
         for half_tile in range(k.HALF_TILES):
             if half_tile * k.HALF_TILE_ROWS >= n:
@@ -267,7 +268,7 @@ class Worker:
         self.qkv[:] = np.nan                                                # (d)
 
     def attend(self, layer, h):
-        """S5: WARPS * WARP_POSITIONS groups of lanes, with peak, denom, o of its tokens, a slot's at once."""
+        """S5: each of WARPS * WARP_POSITIONS groups of lanes has peak, denom and o of its own positions."""
         k, plan = self.k, self.plan
         warp, sub = np.indices((k.WARPS, k.WARP_POSITIONS))
         peak, denom = np.full(warp.shape, -1e30), np.zeros(warp.shape)
@@ -305,7 +306,7 @@ class Worker:
         self.rank_o[:], self.rank_peak_denom[:] = np.nan, np.nan
 
     def hidden_units(self, end):
-        """S8: from the unit at which the block stopped before up to its `end`-th."""
+        """S8: continues with the block's hidden units, up to number `end`."""
         end = min(end, self.plan.units.size)
         for i in range(self.done, end, self.k.TILE_ROWS):
             n = min(self.k.TILE_ROWS, end - i)
@@ -340,7 +341,7 @@ class Worker:
 
 
 def merge(peak, denom, o):
-    """Results of sets of tokens (axis 0) as those of all: o = sum 2^(s_t - peak) v_t, denom without v_t."""
+    """Merges results of sets of positions (axis 0): o = sum 2^(s_t - peak) v_t, denom without v_t."""
     shrink = np.exp2(peak - peak.max())
     return peak.max(), shrink @ denom, shrink @ o
 
@@ -356,7 +357,7 @@ def pack(logit, token):
 
 class Emulator:
     """The grid and its global memory. `launch` leaves x() [C], logits [V], token (likeliest, or -1), a row
-    in cache [L, 2, 1, NH, context, HS], touched {matrix: counts}: how often each weight and token served."""
+    in cache [L, 2, 1, NH, context, HS], touched {matrix: counts}: how often each one was used."""
 
     def __init__(self, model, clusters, cache=None, fixed_one=None, **tuning):
         """`model`: a Pythia of any dtype; `cache`: from its new_cache, is copied; `fixed_one`: the
@@ -393,8 +394,8 @@ class Emulator:
     def carry_x(self, x, layer, x_next):
         """S9: what x_next needs beside the clusters' sums, for all C columns at once.
 
-        Here it comes first and replaces the old word. In the kernel sums may come earlier, so the carrier
-        subtracts the old word instead.
+        Here this addition comes first and replaces the old word. In the kernel sums may come earlier, so the
+        carrier subtracts the old word instead.
         """
         sums = x + self.weight(layer, "b_out") + self.weight(layer, "b_down")
         x_next[:] = self.addend(sums) + self.first_count(self.swaps + 1)

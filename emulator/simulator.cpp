@@ -1,5 +1,5 @@
 // fused_block.cu on a CPU, without a GPU: python test_block.py -k simulated. The kernel's own source is
-// compiled as C++. Each thread of the kernel is a fiber here, a thread that only this program switches.
+// compiled as C++. Each thread of the kernel is a fiber here: this program, and not the system, switches it.
 // KERNEL is the part of the source that source_for_cpu in tests/helpers.py keeps. It drops the host side, and
 // the functions that consist of PTX. This file has C++ functions in their place.
 //
@@ -294,7 +294,7 @@ extern "C" __attribute__((visibility("default"))) int simulate(const void* const
   std::iota(order.begin(), order.end(), 0);
   size_t ended = 0;
   const int tardy = chance(8) ? rng() % n_clusters : n_clusters;  // a cluster that begins when others are far
-  // The longest launch of the tests takes 40,000 turns. A broken kernel may choose a token for ever.
+  // The longest launch of the tests takes 40,000 turns. In a broken kernel, choose() may never return.
   for (int turn = 0; ended < order.size() && !trapped && idle++ < 5000 && turn < 200'000; turn++) {
     if (tardy < n_clusters && turn < 3000) idle = 0;
     if (turn % 16 == 0) std::shuffle(order.begin(), order.end(), rng);
