@@ -52,8 +52,8 @@ def kernel_constants(defines):
     """Every constexpr number of fused_block.cu as an attribute, for the -D constants of build.constants.
 
     Two more attributes: .column [TEAM, COLS]: the columns that a thread of a team owns; .row [TEAMS,
-    TEAM_LANES]: the row of a tile that a lane finishes. Raises Refused where one of the kernel's static_asserts
-    fails.
+    TEAM_LANES]: the row of a tile that a lane finishes. Raises Refused where a static_assert of the kernel
+    would fail.
     """
     k = dict(defines)
     for several in re.findall(r"constexpr (?:int|float|long long) (\w+ = [^;]*);", SOURCE):
