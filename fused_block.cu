@@ -30,8 +30,8 @@
 //     MLP      hidden units of a layer                                       10240
 //     V        tokens in the vocabulary                                      50304
 //     L        layers                                                        32
-//     T        positions in the cache before this step, and the position     128, if no other number
-//              of the token that this step reads, counted from 0             is given
+//     T        position of the token that this step reads, counted from 0.   128, if no other number
+//              So it is also the number of positions in the cache            is given
 //
 // A *layer* is what papers call a transformer block. In this file a *block* is CUDA's: a group of threads
 // (chapter 2). The text explains pythia-2.8b on an H200. Chapter 15 says what is different in the other nine
@@ -134,8 +134,8 @@
 // Why does a head need two blocks? A layer has 4*C + 2*MLP = 30720 rows, so a fair share is 233 rows for each
 // of the 132 blocks. A head has 4*HS = 320 rows: q, k, v and output. A block with a whole head would be late,
 // and all others would wait for it at (4): a token takes 1551 us instead of 1223. In a cluster of 2, each
-// block has 160 rows of the head, and hidden units fill the rest of its share. Larger clusters gain nothing
-// more: 1231 us with 4 blocks, 1219 with 8.
+// block has 160 rows of the head, and hidden units fill the rest of its share. Larger clusters change little:
+// 1231 us with 4 blocks, 1219 with 8.
 
 // 3. The layer loop =======================================================================================
 // The loop below is what one worker does. A few sizes come first, with their values for 2.8b in brackets. The
@@ -168,10 +168,10 @@ struct Plan;                                // what a block does for one token: 
 // here, because the choice begins like a layer: the pass with layer == L chooses the next token.
 //
 // x is in global memory, in two buffers. A layer reads x_now, and all clusters add to x_next. Then the two
-// swap roles. x_next is not cleared first. It still holds an older x, and one of the threads that add to it
-// also subtracts the older x (chapter 8). `swaps` counts the swaps of all launches, and its last bit says
-// which buffer is x_now. `plan` says what this block does for the token (chapter 10). mark() is a stopwatch
-// and tap() a probe for tests (chapter 20).
+// swap roles. x_next is not cleared first. It still holds an older x. For each column, one of the threads
+// that add to it also subtracts the older x (chapter 8). `swaps` counts the swaps of all launches, and its
+// last bit says which buffer is x_now. `plan` says what this block does for the token (chapter 10). mark() is
+// a stopwatch and tap() a probe for tests (chapter 20).
 __device__ void run(int first_layer, int end_layer, int new_tokens,
                     int token, int position, int end, unsigned swaps) {
   Columns x, xn1, xn2;
@@ -330,8 +330,7 @@ int flip = 0;                                   // which of two arrays, warp_dot
 //   bytes   n * C * 2 from shared memory, 41 KB for 8 rows
 //   syncs   for each half tile: (F) its rows are here, (E) they were read (chapter 5). One (c)
 // At (c) every warp waits until all 10 warps have written their sums to warp_dots. One sync is enough,
-// because tiles use warp_dots[0] and warp_dots[1] in turn. Before a warp writes to warp_dots[0] again, it
-// passes the (c) of the tile between. No warp comes to that (c) before it has read warp_dots[0].
+// because tiles use warp_dots[0] and warp_dots[1] in turn (chapter 13).
 //
 // If a row is missing, the loop multiplies old bytes in its place, and the result is not used. Without a test
 // for each row, the GPU can start the loads of all 4 rows before it multiplies.
@@ -593,8 +592,8 @@ __device__ void normalize(Columns& x) const {
   mean /= n;
   for (int i = 0; i < COLS; i++) squares += (x[i] - mean) * (x[i] - mean);
 
-  // Merge with the lane at distance 1, then 2, 4, 8 and 16. __shfl_xor_sync returns the value of the lane at
-  // a distance.
+  // Merge with the lane at distance 1, then 2, 4, 8 and 16. __shfl_xor_sync(~0u, v, n) returns the v of the
+  // lane at distance n.
   for (int apart = 1; apart < TEAM_LANES; apart *= 2) {
     const float other = __shfl_xor_sync(~0u, mean, apart);
     squares += __shfl_xor_sync(~0u, squares, apart) + (other - mean) * (other - mean) * (0.5f * n);
@@ -647,9 +646,8 @@ __device__ void hidden_units(const Columns& xn2, int& done, int end) {
 //
 // The answer. A *push* is a store into the shared memory of another block of the cluster, a *peer*. The
 // sender goes on at once. When the data lands, the hardware counts its bytes on an mbarrier of the peer, and
-// the peer waits on that. (A load from a peer would be a round trip. A plain store would need a barrier of
-// both blocks.) The array that a push goes to is an *inbox*. A rank pushes to its own inboxes, too, so that
-// all parts are handled alike.
+// the peer waits on that. The array that a push goes to is an *inbox*. A rank pushes to its own inboxes, too,
+// so that all parts are handled alike.
 //
 // In a *ClusterGather* every rank gets all parts. In a *ClusterReduce* each rank gets all parts of what it
 // owns, and adds them up (ClusterFusion, arXiv 2508.18850).
@@ -882,8 +880,8 @@ __device__ void out_rows(int head) {
 //   who     every thread pushes its 8 columns to the rank that owns them
 //   bytes   4 * C, 10 KB, to the shared memories of the cluster
 //   syncs   (3)
-// Why does the cluster add up first? L2 makes additions to the same column of x one after another, so fewer
-// are better. Without this adding-up a token takes 2.9 % longer.
+// Why does the cluster add up first? L2 carries out additions to one column one after another, so fewer
+// additions are faster. Without this adding-up a token takes 2.9 % longer.
 __device__ void cluster_reduce() {
   if (tid == 0) barrier_expect(&s.sums_ready, sizeof(s.sums));  // (3)
   for (int p = 0; p < PIECES; p++) {
@@ -920,7 +918,7 @@ __device__ void cluster_reduce() {
 //
 // Three kinds of access are used between blocks:
 //   relaxed   the access is atomic, in L2. It says nothing about other data
-//   release   an addition that becomes visible only after everything that its thread wrote before it, and
+//   release   an addition that comes last. All that its thread wrote earlier is visible before it. So is all
 //             that the other threads of the block wrote before the last sync of the block
 //   acquire   a load. If it finds the result of a release, its thread then sees all those earlier writes, too
 // At (4) relaxed is enough, because the data is its own flag. At (5) the flag is a counter, separate from the
@@ -931,6 +929,11 @@ __device__ void cluster_reduce() {
 //     layer    blocks read x from    blocks add to    which still holds    so the carriers subtract
 //     l        buffer 0              buffer 1         x of layer l - 1     carried_next, read in layer l - 1
 //     l + 1    buffer 1              buffer 0         x of layer l         carried_next, read in layer l
+//
+// If l + 1 is the last layer, L - 1, the next token follows. The pass that chooses it does not swap:
+//     pass L   buffer 0              none
+//     0        none: embed_in        buffer 1         x of layer L - 1     carried_next, read in layer L - 1
+//     1        buffer 1              buffer 0         x of pass L          carried_next, read in pass L
 //
 // No buffer is cleared between layers. The carrier of a column adds x - old, where old is the value that the
 // buffer still holds. The old value cancels, in whatever order the additions arrive. For example, the buffer
@@ -964,9 +967,7 @@ __device__ long long* buffer(unsigned swaps) const { return m.residual + swaps %
 //   syncs   none
 // carried_now holds this thread's two words of x_now, and carried_next holds those of x_next, as read one
 // layer before, when that buffer was x_now. Subtracting this whole old word cancels its value and its count.
-// Layer 0 reads no words. Its carried_now is from the pass before, which has chosen the token and has not
-// swapped the buffers, so the words are still those of x_now. Differences are unsigned, because signed
-// overflow is undefined in C++.
+// Differences are unsigned, because signed overflow is undefined in C++.
 __device__ void carry_x(int layer, int token, long long* x_next, unsigned swaps) const {
   const int c = 2 * my_pair;
   if (c >= C) return;
@@ -985,17 +986,15 @@ const int my_pair = carried_pair();
 longlong2 carried_now, carried_next;  // if this thread is a carrier
 
 // Sets carried_now and carried_next for a launch's first layer. thread_main (chapter 10) has loaded the words
-// of x_now. The previous launch has cleared x_next. The words of x_next must not be loaded, because a faster
-// block may already have added to them.
+// of x_now. The words of x_next are 0, because the previous launch has cleared them (chapter 13).
 __device__ void begin(int first_layer, const longlong2& carried_words) {
   carried_now = carried_words;
-  carried_next = {0, 0};  // cleared by the last launch
+  carried_next = {0, 0};
   norms = load_norms(first_layer);
 }
 
-// Ends a launch: clears x_next for the next launch, and writes State (chapter 12). This is safe. x_next was
-// last read in the last layer, and this block has passed the (4) that follows this layer, so no block reads
-// x_next any more. And no block reads these members of State after its (0).
+// Ends a launch: clears x_next for the next launch, and writes State (chapter 12). Chapter 13 says why no
+// block still reads them.
 __device__ void finish(long long* x_next, int token, int position, unsigned swaps) const {
   if (lane == 0) barrier_arrive(&s.workers_done);
   if (2 * my_pair < C) x_next[2 * my_pair] = x_next[2 * my_pair + 1] = 0;
@@ -1040,9 +1039,10 @@ __device__ void read_x(int layer, int token, const long long* x_now, unsigned sw
   }
 }
 
-// If all threads read again and again (*polled*), they would slow down the additions that they wait for: a
-// token would take 5 % longer. So thread 0 polls alone, and only the last pair of its rank's columns, which
-// clusters add last. After 3 s, PATIENCE, it gives up (chapter 18). clock64() is the clock of its processor.
+// To read again and again is to *poll*. If all threads polled, they would slow down the additions that they
+// wait for: a token would take 5 % longer. So thread 0 polls alone, and only the last pair of its rank's
+// columns, which clusters add last. After 3 s, PATIENCE, it gives up (chapter 18). clock64() is the clock of
+// its processor.
 __device__ void wait_for_x(const long long* x_now, unsigned wanted) const {
   if (tid == 0) {
     const long long start = clock64();
@@ -1163,9 +1163,9 @@ __device__ int held_token(int k) const {
 //   who     each block, for the rows in s.lm_rows; one thread holds the logit of a row
 //   bytes   2 * V * C / 132, 1.95 MB, 56 us
 //   syncs   (F) (E) for each half tile; (c) for each tile. read_x has passed (4)
-// While threads make noise, they free no slot. So they make it in the middle of the loop. There the ring is
-// nearly empty, because workers are faster than memory here, and the copies can go on. Logits also go to
-// global memory, for vote() and for tests.
+// While threads make noise, they free no slot. So they make it in the middle of the loop, where the ring is
+// nearly empty: workers are faster than memory here. A nearly empty ring has room for the copies of that
+// time. Logits also go to global memory, for vote() and for tests.
 __device__ void lm_head(const Columns& in, int next_position) {
   const int size = s.lm_rows.size;
   for (int k = 0; k < HELD; k++) noise[k] = 0;
@@ -1196,9 +1196,8 @@ __device__ void lm_head(const Columns& in, int next_position) {
 // Vote n, counted from 0, is complete when the counter has reached (n + 1) * blocks. The sign of the
 // difference tells this, even after an overflow.
 //
-// The maxima have to be 0 before a vote. Vote n uses maxima[n % 3]. Before block 0 arrives at vote n, it
-// clears the maxima of vote n + 1. Vote n - 2 has used the same maxima, and every block read them before it
-// arrived at vote n - 1.
+// The maxima have to be 0 before a vote. Vote n uses maxima[n % 3], and block 0 clears those of vote n + 1
+// before it arrives at vote n (chapter 13).
 __device__ void vote(unsigned long long bound) {
   if (blockIdx.x == 0 && tid == 0) m.state->maxima[(s.vote_number + 1) % 3] = {0, 0};
 
@@ -1242,8 +1241,9 @@ __device__ void vote(unsigned long long bound) {
 // each. `busy` blocks have a head, and take `few` units. The others take `many` units:
 //     cost + few = many                              all blocks read the same number of bytes
 //     busy * few + (blocks - busy) * many = MLP      all units are dealt out
-// In 2.8b, cost is 83: 80 for the 160 rows of a head, and 3 for keys and values, whose 2 units of bytes count
-// 1.5 times (chapter 15). busy is 64, blocks is 132. The solution is few = 34.8 and many = 117.8.
+// In 2.8b, cost is 83: 80 for the 160 rows of a head, and 3 for keys and values. (They have the bytes of 2
+// units, which count 1.5 times: chapter 15.) busy is 64, blocks is 132. The solution is few = 34.8 and many =
+// 117.8.
 //
 // Which units does a block get? Memory is faster when all blocks read near one another. So tiles are dealt
 // out like cards, one to each block in turn, as long as there is one for every block. The rows that remain
@@ -1259,7 +1259,7 @@ __device__ void vote(unsigned long long bound) {
 // pythia-1.4b 2 %.
 struct Portion {  // the hidden units, or rows of the LM head, that one block gets
   int size, tiled;              // how many, and how many of them in tiles
-  int first_tiled, first_rest;  // the first of its first tile, and of its stretch
+  int first_tiled, first_rest;  // the first one of its first tile, the first one of its stretch
   int blocks;                   // among which the tiles were dealt out
   __device__ int at(int i) const {  // the block's i-th; i is a multiple of TILE_ROWS
     return i < tiled ? first_tiled + i * blocks : first_rest + i - tiled;
@@ -1269,7 +1269,7 @@ struct Portion {  // the hidden units, or rows of the LM head, that one block ge
 struct Plan {  // what one block does for one token
   int rank, cluster, clusters;
   Portion units;                 // its hidden units, in every layer
-  int filler;                    // how many of them before it waits at (1), and again before (2)
+  int filler;                    // how many it does before it waits at (1), and again before (2)
   int first_cached, end_cached;  // its cached positions, for every head: first_cached .. end_cached - 1
 };
 
@@ -1291,8 +1291,8 @@ static __device__ __noinline__ Plan make_plan(int block, int blocks, int positio
 
   // Solve the equations. All heads cost NH * RANKS * cost, so every block should do (MLP + NH * RANKS * cost)
   // / blocks units in all. (With more heads than clusters, every block has `heads` heads, and `busy` blocks
-  // have one more.) Numbers are in *grains* of C / 64 bytes, 256 to a hidden unit, so that integers of 32
-  // bits are enough. KV_COST and ATTENTION_BYTES: chapter 15.
+  // have one more.) Numbers are in *grains* of C / 64 bytes. A hidden unit has 256 grains. They are fine
+  // enough, and integers of 32 bits can hold all numbers. KV_COST and ATTENTION_BYTES: chapter 15.
   const int cost_bytes = (8 * HS * C + 2 * KV_COST * HS * position) / RANKS + ATTENTION_BYTES;
   const int cost_grains = 64 * cost_bytes / C, many_grains = (256 * MLP + cost_grains * NH * RANKS) / blocks;
   const int few_grains = max(many_grains - (heads + 1) * cost_grains, 0);
@@ -1352,8 +1352,7 @@ static __device__ void thread_main(const Model& m, Shared& s, int first_layer, i
   }
   load_rope(m, s, position, WORKERS + 32);
 
-  // Load the words of x_now that this thread carries. No block has added to x_now yet: a block that does has
-  // passed a (4), and that (4) needs an addition that this block makes later.
+  // Load the words of x_now that this thread carries. No block has added to x_now yet (chapter 13).
   longlong2 carried_words = {0, 0};
   if (threadIdx.x < WORKERS && 2 * carried_pair() < C)
     carried_words = load_relaxed(m.residual + swaps % 2 * C + 2 * carried_pair());
@@ -1374,9 +1373,9 @@ static __device__ void thread_main(const Model& m, Shared& s, int first_layer, i
 }
 
 // 11. A layer in time =====================================================================================
-// This table follows thread 0 of block 11, which is rank 1 of cluster 5, through one layer. The time of a
-// line, or of a group of lines, ends at the mark in its first column (chapter 20). The columns of numbers
-// are:
+// This table follows thread 0 of block 11, which is rank 1 of cluster 5, through one layer. A time ends at
+// the mark in the first column (chapter 20). Lines without a mark belong to the mark above them. The columns
+// of numbers are:
 //     KB       what the producer of the block copies
 //     needs    how many us these bytes take at 35.0 KB a us, a processor's share of the memory's rate
 //     took     how many us the line took, as a mean over the layers (results/bench-h200.json)
@@ -1559,7 +1558,7 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory
 //     38.8          Rank 0 begins S2 of layer 1, and pushes into the inbox again. This is safe.
 //     56.6          Rank 1 passes (1) with parity 1.
 //
-// Parity. A thread that waits for the end of phase n has to look before phase n + 1 ends, too. Otherwise
+// Parity. A thread that waits for the end of phase n has to look before phase n + 1 has also ended. Otherwise
 // phase n + 2 would be running, which has the parity of phase n, and the thread would wait for ever. So one
 // bit is enough if phase n + 1 cannot end before every waiting thread has seen the end of phase n. What phase
 // n + 1 needs:
@@ -1568,15 +1567,26 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory
 //     empty   It needs arrivals of warps that have read these later rows. The producer copies the rows only
 //             after it has seen phase n of empty end
 //     (h)     It needs the end of the next token, and so rows that the producer copies after its wait at (h)
-//     (1)     It needs this block's push of the next head's rows, after (d) of this head. A warp comes to
-//     this (d)
-//             only after (1)
-//     (2)     It needs this block's push of the next head's peak, after (d) of the next head. A warp comes to
-//     that (d)
+// At (1), (2) and (3), phase n + 1 needs a later push of this block itself:
+//     (1)     The push of the next head's rows comes after (d) of this head. A warp comes to this (d) only
+//             after (1)
+//     (2)     The push of the next head's peak comes after (d) of the next head. A warp comes to that (d)
 //             only after (2) of this head
-//     (3)     It needs this block's push of the next layer's y, after (a) of the next layer or of the choice.
-//     A warp
+//     (3)     The push of the next layer's y comes after (a) of the next layer or of the choice. A warp
 //             comes to that (a) only after (3) of this layer
+//
+// Arrays that take turns. Before a warp writes to warp_dots[0] again, it passes the (c) of the tile between.
+// No warp comes to that (c) before it has read warp_dots[0]. When block 0 clears the maxima of vote n + 1, no
+// block reads them any more: vote n - 2 has used the same maxima, and every block read them before it arrived
+// at vote n - 1.
+//
+// Begin of a launch. Carriers load their words of x_now. No block has added to x_now yet: a block that does
+// has passed a (4), and that (4) needs an addition that this block makes later. Carriers must not load their
+// words of x_next, because a faster block may already have added to them. They are 0 at first.
+//
+// End of a launch. finish() clears x_next. Blocks read x_next last in the last layer, and this block has
+// passed the (4) after that layer, so no block reads x_next any more. And blocks read the members of State
+// that finish() writes only before (0).
 //
 // Exit. A block must not end while a push to it or from it is on its way. The last pushes of a token are
 // those of y. The receiver waits for them at (3), and then adds to x. Both blocks end only after a (4) that
@@ -1607,8 +1617,8 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory
 // with the largest noisy logit wins. With top_p = 0.95, the first candidate is kept with a probability of
 // 0.95 or more.
 
-// The result of a tally: the probability of the tokens above a boundary; and their number, or the probability
-// of all tokens, the whole.
+// The result of a tally. `probability` is that of the tokens above a boundary. The second member is their
+// number, or, without top-k, the probability of all tokens, the whole.
 struct Tally { unsigned long long probability, number_or_whole; };
 
 // Is the candidate with the packed logit `bound` kept? top_p is a share of `whole`: the probability of all
@@ -1642,10 +1652,11 @@ __device__ unsigned long long top_k_probability(float largest) {
 //           the probability of all tokens in place of the number
 //   who     as for (5)
 //   syncs   (f), (6), (g)
-// A probability is an integer here, a multiple of 2^-30 times the probability of the likeliest token, so that
-// sums do not depend on the order of blocks. The two sums are kept in words with a count, as in chapter 8, so
-// no release is needed. They are never cleared: thread 0 subtracts what they held before, tally_old. There
-// are two sets of words, which take turns, so that no block adds to words that another block still reads.
+// Probabilities are relative to that of the likeliest token. They are integers, counted in steps of 2^-30, so
+// that sums do not depend on the order of blocks. The two sums are kept in words with a count, as in chapter
+// 8, so no release is needed. They are never cleared: thread 0 subtracts what they held before, tally_old.
+// There are two sets of words, which take turns, so that no block adds to words that another block still
+// reads.
 __device__ Tally tally(float largest, unsigned long long bound, bool with_number) {
   unsigned long long above = 0, second = 0;
 #pragma unroll
@@ -1764,8 +1775,8 @@ static __device__ float value_of(long long word) {
   const bool fits = value > -FIXED_EDGE && value < FIXED_EDGE;
   return fits ? __ll2float_rn(value) * (1 / FIXED_ONE) : __int_as_float(0x7fffffff);  // else NaN
 }
-// 0 if both words are complete. Otherwise, if both have the same count, how far this count is from the wanted
-// one, modulo 512. After the carrier's addition this is the number of additions that are missing.
+// 0 if both words are complete, otherwise not 0. If both words have the same count and the carrier has added,
+// it is the number of missing additions.
 static __device__ unsigned lacking(const longlong2& words, unsigned wanted) {
   return ((wanted - (unsigned)words.x) | (wanted - (unsigned)words.y)) % (1 << COUNT_BITS);
 }
@@ -1785,8 +1796,8 @@ static __device__ unsigned lacking(const longlong2& words, unsigned wanted) {
 
 // Packed logits. The upper 32 bits are those of the logit, changed so that they compare like an unsigned
 // integer: all are flipped for a negative number, only the sign for a positive one. NaN is above all, as in
-// torch. The lower 32 bits are the token's id, flipped, because of equal logits the one with the smaller id
-// is likelier.
+// torch. The lower 32 bits are the token's id, flipped, because among equal logits the smaller id counts as
+// likelier.
 static __device__ unsigned long long pack(float logit, int token) {
   const uint32_t bits = __float_as_uint(logit + 0.f);  // -0 becomes 0, its equal
   const uint32_t high = logit != logit ? ~0u : bits >> 31 ? ~bits : bits | 1u << 31;
@@ -1799,7 +1810,8 @@ static __device__ float logit_of(unsigned long long packed) {
 }
 
 // The largest v, and the sum of v, of the 32 lanes of a warp. The GPU has both as one instruction for 32
-// bits, so 64 bits take two. In warp_sum, v has to be below 2^47.
+// bits, so 64 bits take two. In warp_sum, v has to be below 2^47: the sum of 32 numbers of 20 bits is below
+// 2^25, and of 27 bits below 2^32.
 static __device__ unsigned long long warp_max(unsigned long long v) {
   const uint32_t high = __reduce_max_sync(~0u, (uint32_t)(v >> 32));
   return (unsigned long long)high << 32 | __reduce_max_sync(~0u, v >> 32 == high ? (uint32_t)v : 0);
@@ -1834,9 +1846,10 @@ static __device__ __noinline__ float log_delay(unsigned long long seed, uint32_t
 // of its bus, 4814 bytes a ns on an H200. Without a pace, a token takes 1244 us instead of 1223, and a token
 // of pythia-160m 83.6 instead of 82.1.
 //
-// A producer that has fallen behind is not allowed to catch up. If it may catch up by 0.3 us, a token takes
-// 0.2 % longer. But global_ns() advances in steps of 32 ns, so a wait may end up to 32 ns late. Only this
-// much may be caught up (CLOCK_NS). A wait of more than 1 ms can only mean that the clock was set back.
+// A producer that has fallen behind is not allowed to catch up: with 0.3 us of catching up, a token takes 0.2
+// % longer. Why it is longer was not measured. But global_ns() advances in steps of 32 ns, so a wait may end
+// up to 32 ns late. Only this much may be caught up (CLOCK_NS). A wait of more than 1 ms can only mean that
+// the clock was set back.
 static constexpr int CLOCK_NS = 32;  // step of global_ns, the clock that all blocks share
 
 static __device__ void keep_pace(unsigned long long& earliest_ns, uint32_t bytes) {
@@ -2085,16 +2098,15 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
 // 22. Exercises ===========================================================================================
 // Edits worth trying, with what to expect of a token of 2.8b at T = 128 on an H200.
 //
-//   1. Clusters of 1 (python bench.py --ablate). Expect 26 % more, because one block has all rows of a head.
+//   1. Clusters of 1 (python bench.py --ablate). Expect 27 % more, because one block has all rows of a head.
 //      Which of (1), (2), (3) get shorter, which part of a layer longer?
-//   2. build.py: 4 ROWS instead of 8. The block adds up sums of tiles twice as often. Expect no change in 2.8b,
-//      and 6 % more in 160m. With 16, the producer is at most one tile ahead. Expect two thirds more.
+//   2. build.py: 4 ROWS instead of 8. The block adds up sums of tiles twice as often. Expect no change in
+//      2.8b, and 6 % more in 160m. With 16, the producer is at most one tile ahead. Expect two thirds more.
 //   3. make_plan: filler = 0. A block with a head waits while the pushes for (1) and (2) travel. How much is
 //      that for a token? Why do the bits of y change?
 //   4. build.py: attention_kib = 96 (ATTENTION_BYTES, chapter 15). Blocks with a head add to x 1.4 us
-//      earlier, the others 1.3 us later, and
-//      a token takes as long as before. Why does it not lose 32 * 1.3 us? (What do blocks wait for at (4), by
-//      chapter 11?)
+//      earlier, the others 1.3 us later, and a token takes as long as before. Why does it not lose 32 * 1.3
+//      us? (What do blocks wait for at (4), by chapter 11?)
 //   5. Leave out the call of wait_for_x. Expect 5 % more, because all threads poll. Now leave out the check
 //      in read_residual instead. How often do the bits change, and why do some launches not end? (See
 //      carry_x.)
