@@ -174,7 +174,7 @@ struct Plan;                                // what a block does for one token: 
 // a stopwatch and tap() a probe for tests (chapter 20).
 __device__ void run(int first_layer, int end_layer, int new_tokens,
                     int token, int position, int end, unsigned swaps) {
-  Columns x, xn1, xn2;
+  Columns x, xn1, xn2;  // y, norms and the carried_ words are members: chapters 4, 6, 8
   long long *x_now = buffer(swaps), *x_next = buffer(swaps + 1);
 
   for (int layer = first_layer; position < end;) {
@@ -375,6 +375,7 @@ Columns y;  // what the block adds to this worker's columns of x
 // In lane l, `factor` is that of row l % 8, as dot_tile returns it. __shfl_sync(~0u, v, r, n) returns the v
 // of lane r of the n lanes of a team; ~0u says that all lanes take part. A missing row gets the factor 0. Its
 // old bytes may be NaN, and NaN times 0 is NaN, so the thread reads row 0 of the half tile in its place.
+// `#pragma unroll` makes the compiler unroll a loop.
 __device__ void axpy_tile(float factor, int n) {
   if (my_row >= n) factor = 0;
 #pragma unroll
@@ -429,7 +430,7 @@ struct Cursor {  // the slot of the ring that a thread uses next
   int slot = 0;
   uint32_t parity = 0;  // 0 in the first trip around the ring, 1 in the second, 0 again
   __device__ void advance() {
-    if (++slot == SLOTS) { slot = 0; parity ^= 1; }
+    if (++slot == SLOTS) { slot = 0; parity ^= 1; }  // SLOTS [10]
   }
 };
 
@@ -494,7 +495,7 @@ struct Producer {  // one thread of each block
   // Copies a tile of up rows, then the down rows of the same units, and so on.
   __device__ void copy_units(const Layer& w, const Plan& plan, int& done, int end) {
     for (; done < end; done += TILE_ROWS) {
-      const int unit = plan.units.at(done), n = min(TILE_ROWS, end - done);
+      const int unit = plan.units.at(done), n = min(TILE_ROWS, end - done);  // at(): chapter 10
       copy_rows(w.w_up, w.b_up, unit, unit + n);
       copy_rows(w.w_down, nullptr, unit, unit + n);
     }
@@ -519,6 +520,7 @@ struct Producer {  // one thread of each block
       const Layer& w = m.layers[layer];
       int done = 0;
       for (int head = plan.cluster; head < NH; head += plan.clusters) {
+        // this rank's first row of q, k, v, and its first output row (chapter 7)
         const int qkv = head * 3 * HS + plan.rank * QKV_ROWS, out = head * HS + plan.rank * OUT_ROWS;
         copy_rows(w.w_qkv, w.b_qkv, qkv, qkv + QKV_ROWS);                     // S2
         copy_units(w, plan, done, min(done + plan.filler, plan.units.size));  // S8
@@ -703,7 +705,7 @@ __device__ void wait_for_qkv() const {
 }
 
 // S3 ROPE, S4 APPEND
-//   math    (a, b) <- (a cos - b sin, b cos + a sin) for dimensions i and i + ROT/2 of q and k, i < ROT/2
+//   math    (x1, x2) <- (x1 cos - x2 sin, x2 cos + x1 sin), dimensions i and i + ROT/2 of q and k, i < ROT/2
 //   who     one thread for each of the 3*HS values, in every rank; the last rank writes k and v to the cache
 //   bytes   4 * HS to the cache
 //   syncs   (d) makes all warps wait until q is rotated and k and v are stored. After (d), nothing reads qkv
@@ -809,7 +811,7 @@ __device__ void attend() {
     free_slot();  // (E)
   }
 
-  // Merge lanes that hold the same dimensions, but of different positions.
+  // Merge the halves of the warp, which hold the same dimensions of different positions.
   for (int apart = POSITION_LANES; apart < 32; apart *= 2) {
     const float higher = fmaxf(peak, __shfl_xor_sync(~0u, peak, apart)), shrink = exp2f(peak - higher);
     peak = higher;
@@ -817,7 +819,7 @@ __device__ void attend() {
     for (int i = 0; i < 8; i++) { o[i] *= shrink; o[i] += __shfl_xor_sync(~0u, o[i], apart); }
   }
 
-  // Leave the warp's results in shared memory.
+  // Now lanes 0 to 15 have the warp's results. Leave them in shared memory.
   if (in_warp == 0 && has_d)
     for (int i = 0; i < 8; i++) s.warp_o[warp][d + i] = o[i];
   if (lane == 0) s.warp_peak[warp] = peak, s.warp_denom[warp] = denom;
@@ -1139,7 +1141,7 @@ __device__ int choose() {
     if (bound == 0) largest = logit_of(s.grid_result.x);
     if (!(fabsf(largest) <= 3.4028235e38f)) return -1;
 
-    // Without top-k and top-p, every candidate is kept.
+    // Without top-k and top-p, every candidate is kept (chapter 14).
     bound = pack(s.candidate_logit, candidate);
     if (is_kept(bound, largest, whole)) return candidate;
   }
@@ -1148,7 +1150,8 @@ __device__ int choose() {
 // Which logits does a thread hold for the vote? Every warp has all 8 results of a dot tile, but one thread is
 // enough to hold a result. So the 320 threads form 40 GROUPS of 8 lanes, and group g holds the results of the
 // block's tiles g, g + 40, and in a smaller grid g + 80. held_token(k) is the id of the token whose logit
-// this thread has in logits[k], or V for none.
+// this thread has in logits[k], or V for none. For example, thread 9 of block 0 is lane 1 of group 1. It
+// holds row 1 of the tiles 1 and 41: tokens 1057 and 43297, and V.
 static constexpr int GROUPS = TEAM / ROWS;
 static constexpr int HELD = ceil_div(V, MIN_BLOCKS * WORKERS);  // MIN_BLOCKS: the smallest grid [3]
 float logits[HELD], noise[HELD];
@@ -1294,9 +1297,10 @@ static __device__ __noinline__ Plan make_plan(int block, int blocks, int positio
   // have one more.) Numbers are in *grains* of C / 64 bytes. A hidden unit has 256 grains. They are fine
   // enough, and integers of 32 bits can hold all numbers. KV_COST and ATTENTION_BYTES: chapter 15.
   const int cost_bytes = (8 * HS * C + 2 * KV_COST * HS * position) / RANKS + ATTENTION_BYTES;
-  const int cost_grains = 64 * cost_bytes / C, many_grains = (256 * MLP + cost_grains * NH * RANKS) / blocks;
-  const int few_grains = max(many_grains - (heads + 1) * cost_grains, 0);
-  const int units_of_busy = few_grains * busy / 256;
+  const int cost_grains = 64 * cost_bytes / C,                              // [21248]
+            many_grains = (256 * MLP + cost_grains * NH * RANKS) / blocks;  // [30161]
+  const int few_grains = max(many_grains - (heads + 1) * cost_grains, 0);   // [8913]
+  const int units_of_busy = few_grains * busy / 256;                        // [2228]
   const bool is_busy = block < busy;
   plan.units = is_busy ? deal(0, units_of_busy, block, busy)
                     : deal(units_of_busy, MLP - units_of_busy, block - busy, blocks - busy);
@@ -1693,6 +1697,15 @@ __device__ Tally tally(float largest, unsigned long long bound, bool with_number
 }
 
 // 15. Other shapes ========================================================================================
+//     pythia-               14m   31m   70m   160m   410m   1b     1.4b   2.8b   6.9b   12b
+//     C                     128   256   512   768    1024   2048   2048   2560   4096   5120
+//     TEAM                  16    32    64    96     128    256    256    320    256    320
+//     TEAMS                 16    8     4     4      2      1      1      1      1      1
+//     PIECES                1     1     1     1      1      1      1      1      2      2
+//     ROWS                  8     8     8     8      8      8      8      8      4      4
+//     RANKS                 8     8     8     4      4      8      4      2      2      2
+//     SLOTS                 13    13    13    8      13     12     12     10     11     8
+//
 // Small models: teams. A row of pythia-70m has 512 columns, so 64 threads hold a row: a team. A block has at
 // least MIN_WORKERS = 256 workers, here 4 teams, and each takes different rows: a tile has 8 rows for each
 // team, 32 in all, and row r belongs to team r mod 4. Every team has all of x, a y of its own, and a (b) and

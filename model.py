@@ -123,7 +123,7 @@ class Block(nn.Module):
         attn = self.attend(layer_norm(x, (C,), self.ln1_w, self.ln1_b, eps), rope, cache_kv, pos)
         hidden = linear(layer_norm(x, (C,), self.ln2_w, self.ln2_b, eps), self.w_up, self.b_up)
         mlp = linear(gelu(hidden), self.w_down.T, self.b_down)                    # [B, N, MLP] -> [B, N, C]
-        # x is the largest, so a sum with x rounds off most. It is taken once.
+        # x is the largest, so every sum with x rounds off most. So add to x only once.
         return x + (attn + mlp)
 
     def attend(self, x, rope, cache_kv, pos):
@@ -279,7 +279,8 @@ class Pythia(nn.Module):
             if not torch.stack(w.aminmax()).isfinite().all():                     # aminmax passes NaN on
                 raise Refused(f"{folder} has NaN or Inf in {name}, read as {dtype}: take dtype "
                               "float32 or bfloat16, or fetch its files again")
-            # Transposes in place: only one matrix at a time has a second copy. No file changes.
+            # Transposes in place, so that only one matrix at a time has a second copy. A matrix may be a view
+            # of a mapped file. The mapping is private, so the file does not change.
             if transposed:
                 w = w.view(shape).copy_(w.T.contiguous())
             bar.update()
@@ -348,14 +349,14 @@ class Sampler:
     """Chooses the next token from logits [V].
 
     `temperature` 0 takes the likeliest token. Above 0 the token is drawn from softmax(logits / temperature),
-    restricted to the tokens that are kept. First, only the `top_k` likeliest tokens are kept. Of these, a
-    token stays if the tokens likelier than it have together less than `top_p` of the probability of all
-    `top_k`. Of equal logits, the smaller id is likelier.
+    restricted to the tokens that are kept. First, only the `top_k` likeliest tokens are kept. Of these,
+    top-p keeps a token if the likelier ones together have less than the share `top_p` of the probability
+    of all `top_k`. Of equal logits, the smaller id is likelier.
 
-    The draw is an argmax. Each token has a noisy logit, logit - temperature * log(E), with an independent E
-    ~ Exp(1). A token has the largest noisy logit with exactly its softmax probability (the Gumbel-max trick).
-    E depends on `seed`, on the position that the token will have, and on the token alone. So from the same
-    logits the kernel draws the same token.
+    The draw is an argmax. Each token has a noisy logit, logit - temperature * log(delay), where delay is
+    independent and exponentially distributed with mean 1. A token has the largest noisy logit with exactly
+    its softmax probability (the Gumbel-max trick). delay depends on `seed`, on the position that the token
+    will have, and on the token alone. So from the same logits the kernel draws the same token.
     """
     temperature: float = 0.0
     top_k: int | None = None
@@ -382,7 +383,7 @@ class Sampler:
         return token.where(best.isfinite(), -1)
 
     def noise(self, tokens, position):
-        """-temperature * log(E) [n] fp32 for token ids [n], by Philox4x32-10 (Salmon et al., SC11).
+        """-temperature * log(delay) [n] fp32 for token ids [n], by Philox4x32-10 (Salmon et al., SC11).
 
         Philox keeps no state. It scrambles a counter, here (token // 4, position), and a key, here the seed,
         into four words of 32 bits. These serve four tokens.
