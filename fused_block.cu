@@ -55,9 +55,9 @@
 // (0) to (6). Syncs inside a block have letters. Chapter 13 lists all of them. Each stage has a card above
 // it: its *math*; *who* computes what; the *bytes* that a block moves, unless it says otherwise; its *syncs*.
 //
-// Times are us for one token of 2.8b, unless a sentence says otherwise. GPUs and versions of
-// the kernel differ, so compare times only within a sentence. Many percentages, and the times in chapters 8
-// and 19, were measured on older versions (docs/what-did-not-help.md).
+// Times are us for one token of 2.8b, unless a sentence says otherwise. GPUs and versions of the kernel
+// differ, so compare times only within a sentence. Many percentages, and the times in chapters 8 and 19, were
+// measured on older versions (docs/what-did-not-help.md).
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -95,9 +95,10 @@
 // once in a token they also wait at (5), to choose the next token together.
 
 // 2. Who owns what ========================================================================================
-// An H200 has 132 processors (NVIDIA calls them multiprocessors). Each has 227 KiB of fast *shared memory*
-// for its own threads. All processors read and write one large *global memory*, through one cache, *L2*.
-// Global memory holds the weights, the cache of keys and values, and x. CUDA groups threads like this:
+// An H200 has 132 processors (NVIDIA calls them multiprocessors). Each has fast *shared memory* for its own
+// threads, of which a block may take 227 KiB. All processors read and write one large *global memory*,
+// through one cache, *L2*. Global memory holds the weights, the cache of keys and values, and x. CUDA groups
+// threads like this:
 //
 //     thread    has its own variables, in registers
 //     warp      32 threads that run mostly in step
@@ -153,7 +154,7 @@ constexpr int RANKS = CLUSTER;                      // blocks in a cluster, its 
 constexpr int PIECES = C < 4096 ? 1 : 2;            // pieces of 8 columns that a worker owns [1]
 constexpr int COLS = 8 * PIECES;                    // columns that a worker owns [8]
 constexpr int TEAM = C / COLS;                      // workers that hold one row together: a team [320]
-constexpr int TEAMS = ceil_div(MIN_WORKERS, TEAM);  // as many as make MIN_WORKERS (256) or more [1]
+constexpr int TEAMS = ceil_div(MIN_WORKERS, TEAM);  // as many as make MIN_WORKERS [256] or more [1]
 constexpr int WORKERS = TEAM * TEAMS;               // threads of a block that compute [320]
 
 // Nearly all that follows is one struct, because in a struct a function may be used above the place where it
@@ -174,7 +175,7 @@ struct Plan;                                // what a block does for one token: 
 // a stopwatch and tap() a probe for tests (chapter 20).
 __device__ void run(int first_layer, int end_layer, int new_tokens,
                     int token, int position, int end, unsigned swaps) {
-  Columns x, xn1, xn2;  // y, norms and the carried_ words are members: chapters 4, 6, 8
+  Columns x, xn1, xn2;  // y, norms, carried_now, carried_next: chapters 4, 6, 8
   long long *x_now = buffer(swaps), *x_next = buffer(swaps + 1);
 
   for (int layer = first_layer; position < end;) {
@@ -220,7 +221,7 @@ __device__ void run(int first_layer, int end_layer, int new_tokens,
       // S3, S4. Rotate q and k by the position. Append k and v to the cache.
       rotate_and_append(layer, head, position);
 
-      // S5. Attend to this rank's share of the positions. Send the result to all ranks of the cluster.
+      // S5. Attend to this rank's share of the positions. Send the result to the ranks of the cluster.
       attend(); mark(MARK_ATTEND, layer);
 
       // S8. Do plan.filler more while the results are on their way. Then wait for all results: (2).
@@ -332,8 +333,8 @@ int flip = 0;                                   // which of two arrays, warp_dot
 // At (c) every warp waits until all 10 warps have written their sums to warp_dots. One sync is enough,
 // because tiles use warp_dots[0] and warp_dots[1] in turn (chapter 13).
 //
-// If a row is missing, the loop multiplies old bytes in its place, and the result is not used. Without a test
-// for each row, the GPU can start the loads of all 4 rows before it multiplies.
+// If a row is missing, the loop multiplies old bytes in its place, and the result is not used. There is no
+// test for each row, so that the GPU can start the loads of all 4 rows before it multiplies.
 __device__ float dot_tile(const Columns& in, int n, int skip, bool has_bias) {
   float dots[ROWS] = {}, bias = 0;
   for (int half_tile = 0; half_tile < HALF_TILES; half_tile++) {
@@ -448,8 +449,8 @@ __device__ void free_slot() {
 
 // RULE. A slot has no label. The producer has to copy exactly the tiles that the workers use, in the same
 // order, so copy_layers() below has the same loops as Worker::run. With a wrong order, workers multiply wrong
-// rows, and the tests, which compare every stage with float64, turn red. With a wrong number of tiles, the
-// launch ends with an error about (F) or (E).
+// rows, and the tests, which compare every stage with float64, turn red. With a wrong number of tiles,
+// workers multiply wrong rows, too, or the launch ends with an error about (F), (E), (4) or (5).
 //
 // To add a stage, change Worker::run and its model in numpy, emulator/emulator.py. If the stage reads rows,
 // change copy_layers(), too. If some blocks do more of it than others, change make_plan() (chapter 10).
@@ -458,7 +459,7 @@ static constexpr int KV_POSITIONS = SLOT_BYTES / (4 * HS);  // cached positions 
 struct Producer {  // one thread of each block
   const Model& m;
   Shared& s;
-  const uint64_t policy = read_once_policy();
+  const uint64_t policy = read_once_policy();  // chapter 19
   Cursor cursor;
   uint32_t token_parity = 0;           // parity of (h): see copy_layers
   unsigned long long earliest_ns = 0;  // no copy may start before this time
@@ -531,7 +532,7 @@ struct Producer {  // one thread of each block
         if (!first_of_launch && layer == 0 && head == plan.cluster) {
           wait(m, s, &s.token_ready, token_parity, SYNC_TOKEN);           // (h)
           token_parity ^= 1;
-          order_copies();
+          order_copies();                                                 // chapter 19
         }
         copy_cached(cache_row(m, layer, 0, head, 0), cache_row(m, layer, 1, head, 0),
                     plan.first_cached, plan.end_cached);                      // S5
@@ -557,7 +558,7 @@ struct Producer {  // one thread of each block
   }
 };
 
-// 6. LayerNorm and hidden units =============================================================================
+// 6. LayerNorm and hidden units ===========================================================================
 
 // A worker's columns of the gains and biases of two LayerNorms.
 struct Norms { uint4 w1[PIECES], b1[PIECES], w2[PIECES], b2[PIECES]; };
@@ -656,7 +657,7 @@ __device__ void hidden_units(const Columns& xn2, int& done, int end) {
 //
 //     sync  inbox            what each rank pushes                   to which rank
 //     (1)   qkv              its 120 rows of q, k, v                 all ranks: a ClusterGather
-//     (2)   rank_o           o of its 64 positions, in parts         owner of the dimension: a ClusterReduce
+//     (2)   rank_o           o of its positions, in parts            owner of the dimension: a ClusterReduce
 //           rank_peak_denom  peak and denom of its positions (S5)    all ranks
 //     (3)   sums             its y, in parts                         owner of the column: a ClusterReduce
 //
@@ -782,7 +783,7 @@ __device__ void attend() {
     const half *k = s.slots[cursor.slot] + d, *v = k + KV_POSITIONS * HS;
     const int base = warp * WARP_POSITIONS + in_warp;
 
-    // Compute the scores of up to 4 positions, and the largest of them, in two loops: the first has only
+    // Compute the scores of up to 4 positions, and the peak with them, in two loops: the first has only
     // loads and products, the second the shuffles. In one loop, each load would wait for the shuffles of the
     // position before. With T = 2000 this would cost 2.1 %.
     float score[BATCH], higher = peak;
@@ -802,7 +803,7 @@ __device__ void attend() {
     for (int i = 0; i < 8; i++) o[i] *= shrink;
     for (int u = 0; u < BATCH; u++) {
       const int at = base + u * STRIDE;
-      if (at < n) {  // later rows hold old bytes, perhaps NaN
+      if (at < n) {  // later positions hold old bytes, perhaps NaN
         const float p = exp2f(score[u] - peak);
         denom += p;
         if (has_d) axpy8(p, as16(v + at * HS), o);
@@ -956,8 +957,8 @@ __device__ void cluster_reduce() {
 //      (4) of layer l + 1.
 //   3. Only then does the fast block add to buffer 0.
 
-// The start of the count of the x that is read after `swaps` swaps. Each buffer gets a new x at every second
-// swap, and each new x starts its count at the other of 0 and LAP.
+// The x that is read after `swaps` swaps has a count that began at this number. A buffer gets a new x at
+// every second swap, and the counts of its x begin at 0, LAP, 0, LAP ...
 static __device__ int first_count(unsigned swaps) { return swaps / 2 % 2 * LAP; }
 
 __device__ long long* buffer(unsigned swaps) const { return m.residual + swaps % 2 * C; }
@@ -967,9 +968,10 @@ __device__ long long* buffer(unsigned swaps) const { return m.residual + swaps %
 //   who     a thread for each pair of columns, in the last blocks of the grid, 128 to 131, which have no head
 //   bytes   8 * C for the whole grid, 20 KB to L2
 //   syncs   none
-// carried_now holds this thread's two words of x_now, and carried_next holds those of x_next, as read one
-// layer before, when that buffer was x_now. Subtracting this whole old word cancels its value and its count.
-// Differences are unsigned, because signed overflow is undefined in C++.
+// carried_now holds this thread's two words of x_now, and carried_next those of x_next, as they were when
+// that buffer was last read. (In a launch's first layer, those of x_next are 0.) Subtracting this whole old
+// word cancels its value and its count. Differences are unsigned, because signed overflow is undefined in
+// C++.
 __device__ void carry_x(int layer, int token, long long* x_next, unsigned swaps) const {
   const int c = 2 * my_pair;
   if (c >= C) return;
@@ -988,7 +990,7 @@ const int my_pair = carried_pair();
 longlong2 carried_now, carried_next;  // if this thread is a carrier
 
 // Sets carried_now and carried_next for a launch's first layer. thread_main (chapter 10) has loaded the words
-// of x_now. The words of x_next are 0, because the previous launch has cleared them (chapter 13).
+// of x_now. The words of x_next are 0 (chapter 13). Also starts to load the gains and biases.
 __device__ void begin(int first_layer, const longlong2& carried_words) {
   carried_now = carried_words;
   carried_next = {0, 0};
@@ -1141,7 +1143,7 @@ __device__ int choose() {
     if (bound == 0) largest = logit_of(s.grid_result.x);
     if (!(fabsf(largest) <= 3.4028235e38f)) return -1;
 
-    // Without top-k and top-p, every candidate is kept (chapter 14).
+    // Without top-k and top-p, is_kept (chapter 14) returns true and does not use `bound`.
     bound = pack(s.candidate_logit, candidate);
     if (is_kept(bound, largest, whole)) return candidate;
   }
@@ -1150,8 +1152,9 @@ __device__ int choose() {
 // Which logits does a thread hold for the vote? Every warp has all 8 results of a dot tile, but one thread is
 // enough to hold a result. So the 320 threads form 40 GROUPS of 8 lanes, and group g holds the results of the
 // block's tiles g, g + 40, and in a smaller grid g + 80. held_token(k) is the id of the token whose logit
-// this thread has in logits[k], or V for none. For example, thread 9 of block 0 is lane 1 of group 1. It
-// holds row 1 of the tiles 1 and 41: tokens 1057 and 43297, and V.
+// this thread has in logits[k], or V for none. For example, thread 9 of block 0 is lane 1 of group 1. So it
+// holds row 1 of the block's tiles 1 and 41. These begin at rows 1056 and 43296 of the LM head (chapter 10),
+// so its tokens are 1057 and 43297. For logits[2] it has V.
 static constexpr int GROUPS = TEAM / ROWS;
 static constexpr int HELD = ceil_div(V, MIN_BLOCKS * WORKERS);  // MIN_BLOCKS: the smallest grid [3]
 float logits[HELD], noise[HELD];
@@ -1166,9 +1169,9 @@ __device__ int held_token(int k) const {
 //   who     each block, for the rows in s.lm_rows; one thread holds the logit of a row
 //   bytes   2 * V * C / 132, 1.95 MB, 56 us
 //   syncs   (F) (E) for each half tile; (c) for each tile. read_x has passed (4)
-// While threads make noise, they free no slot. So they make it in the middle of the loop, where the ring is
-// nearly empty: workers are faster than memory here. A nearly empty ring has room for the copies of that
-// time. Logits also go to global memory, for vote() and for tests.
+// While threads make noise, they free no slot, so the producer can fill only slots that are empty. In the
+// middle of the loop most slots are empty, because workers are faster than memory here. So the noise is made
+// there, and memory does not stop. Logits also go to global memory, for vote() and for tests.
 __device__ void lm_head(const Columns& in, int next_position) {
   const int size = s.lm_rows.size;
   for (int k = 0; k < HELD; k++) noise[k] = 0;
@@ -1255,7 +1258,7 @@ __device__ void vote(unsigned long long bound) {
 //
 //     rows    0..7   8..15   ...   1048..1055 | 1056..1063   ...  | 49632..49636   49637..49641   ...
 //     block   0      1       ...   131        | 0            ...  | 0              1              ...
-//             the first tile of each block    | the second tile   | short stretches of 5 or 6 rows
+//             the first tile of each block    | 2nd to 47th tile  | short stretches of 5 or 6 rows
 //
 // Hidden units are dealt out in the same way, first `few` for each block with a head, then `many` for each of
 // the others. This makes a token 0.6 % faster than one long stretch for each block, and a token of
@@ -1292,10 +1295,11 @@ static __device__ __noinline__ Plan make_plan(int block, int blocks, int positio
   plan.rank = block % RANKS; plan.cluster = block / RANKS; plan.clusters = blocks / RANKS;
   const int heads = NH / plan.clusters, busy = NH % plan.clusters * RANKS;
 
-  // Solve the equations. All heads cost NH * RANKS * cost, so every block should do (MLP + NH * RANKS * cost)
-  // / blocks units in all. (With more heads than clusters, every block has `heads` heads, and `busy` blocks
-  // have one more.) Numbers are in *grains* of C / 64 bytes. A hidden unit has 256 grains. They are fine
-  // enough, and integers of 32 bits can hold all numbers. KV_COST and ATTENTION_BYTES: chapter 15.
+  // Solve the equations. All heads cost NH * RANKS * cost, so every block should do many = (MLP + NH * RANKS
+  // * cost) / blocks units in all, heads included. A block that has a head does few = many - cost units.
+  // (With more heads than clusters, every block has `heads` heads, and `busy` blocks have one more.) Numbers
+  // are in *grains* of C / 64 bytes. A hidden unit has 256 grains. They are fine enough, and integers of 32
+  // bits can hold all numbers. KV_COST and ATTENTION_BYTES: chapter 15.
   const int cost_bytes = (8 * HS * C + 2 * KV_COST * HS * position) / RANKS + ATTENTION_BYTES;
   const int cost_grains = 64 * cost_bytes / C,                              // [21248]
             many_grains = (256 * MLP + cost_grains * NH * RANKS) / blocks;  // [30161]
@@ -1305,9 +1309,9 @@ static __device__ __noinline__ Plan make_plan(int block, int blocks, int positio
   plan.units = is_busy ? deal(0, units_of_busy, block, busy)
                     : deal(units_of_busy, MLP - units_of_busy, block - busy, blocks - busy);
 
-  // A block waits twice for each of its heads, at (1) and (2). So its units are split into equal slices: one
-  // before each wait, and one at the end. hidden_units() advances in whole tiles, so `filler` is a multiple
-  // of TILE_ROWS.
+  // A block waits twice for each of its heads, at (1) and (2). So its units are split into slices, one before
+  // each wait, and one at the end. `filler` is an equal share, rounded up to whole tiles, because
+  // hidden_units() advances in whole tiles. The last slice gets what is left.
   const int slices = 2 * (heads + is_busy) + 1;
   plan.filler = ceil_div(ceil_div(plan.units.size, slices), TILE_ROWS) * TILE_ROWS;
 
@@ -1377,9 +1381,9 @@ static __device__ void thread_main(const Model& m, Shared& s, int first_layer, i
 }
 
 // 11. A layer in time =====================================================================================
-// This table follows thread 0 of block 11, which is rank 1 of cluster 5, through one layer. A time ends at
-// the mark in the first column (chapter 20). Lines without a mark belong to the mark above them. The columns
-// of numbers are:
+// This table follows thread 0 of block 11, which is rank 1 of cluster 5, through one layer. `took` is the
+// time from the previous mark to the mark in the first column (chapter 20). A line without a mark shares the
+// time of the line above. The columns of numbers are:
 //     KB       what the producer of the block copies
 //     needs    how many us these bytes take at 35.0 KB a us, a processor's share of the memory's rate
 //     took     how many us the line took, as a mean over the layers (results/bench-h200.json)
@@ -1392,7 +1396,7 @@ static __device__ void thread_main(const Model& m, Shared& s, int first_layer, i
 //  ATTEND      S3: rotates q[0] with q[10]; S4: threads 80..239 append k, v               1.7  (d)
 //              S5: takes dimensions 0..7 of positions 64, 84, 104, 124        20    0.6        (e)
 //              S5: merges o[0] of 10 warps, and pushes it to rank 0
-//  2           S8: units 1112..1119, 1624..1631; (2)                         164    4.7   3.7  memory
+//  2           S8: units 1112..1119, 1624..1631; (2)                         164    4.7   3.6  memory
 //  OUT, UNITS  S6, S7: output rows 440..479; S8: units 2078..2080            236    6.7   7.1  memory
 //  3           S9: pushes y[0..7] to rank 0; (3)                                          0.7  peer's sums
 //  ADDED       S9: adds columns 1280, 1600, 1920, 2240 of the sum to x                    0.8  L2
@@ -1401,8 +1405,8 @@ static __device__ void thread_main(const Model& m, Shared& s, int first_layer, i
 //
 // The lines of marks QKV and 1 take less than their bytes need, because the ring is full when S2 begins. It
 // fills again during S3 to S5, so the line of mark 2 takes less, too. In all, a layer takes 2.6 us longer
-// than its bytes need. Of these, 0.6 us are explained: between two layers, in S9, (4), S0 and S1, the workers
-// free no slot for 6.5 us, but even an empty ring is full after 5.9 us, and then memory pauses. The other 2
+// than its bytes need. Of these, 0.7 us are explained: between two layers, in S9, (4), S0 and S1, the workers
+// free no slot for 6.5 us, but even an empty ring is full after 5.9 us, and then memory pauses. The other 1.9
 // us are not explained.
 //
 // Follow one number: hidden unit 602 of block 11, in layer 0 of a launch's first token.
@@ -1413,7 +1417,7 @@ static __device__ void thread_main(const Model& m, Shared& s, int first_layer, i
 //     announces 20480 bytes of rows and 16 of biases at full[4], and starts two copies: to slots[4] and to
 //     bias[4].
 //  3. When all bytes have landed, (F) lets the workers go on. Thread 0 reads columns 0..7 of row 602 from
-//     slots[4], multiplies them with its xn2[0..7], and adds the products up in dots[2]. Threads 1 to 319 do
+//     slots[4], multiplies them by its xn2[0..7], and adds the products up in dots[2]. Threads 1 to 319 do
 //     the same with their columns. Then each warp arrives at empty[4]: (E).
 //  4. reduce_rows brings the sum of each warp to its lanes 2, 10, 18 and 26. Lane 2 writes the sum to
 //     warp_dots. After (c), these lanes of every warp add up the 10 sums and the bias in bias[4][2]. The
@@ -1427,7 +1431,7 @@ static __device__ void thread_main(const Model& m, Shared& s, int first_layer, i
 //  8. Thread 0 of block 131 is the carrier of column 0. Before or after step 7, it adds x[0] + biases -
 //     old to the same word.
 //  9. After 66 clusters and the carrier have added, word 0 is complete. In every block, thread 0 polls
-//     another word until that one is complete, (4), and lets the block go on, (g). Then it reads word 0,
+//     another pair of words until it is complete, (4), and lets the block go on, (g). Then it reads word 0,
 //     checks its count, and puts the value into s.x[0]. After (a), thread 0 of each block takes x[0..7] from
 //     there. So h_602 has reached all 132 blocks.
 
@@ -1444,13 +1448,13 @@ struct Layer {
 
 struct alignas(16) Maxima { unsigned long long best, drawn; };  // two maxima over the grid
 struct State {  // what one launch passes to the next one
-  int token;                 // the token to be read next; -1 if the last logits were not finite
+  int token;                 // the token to be read next; -1 if the largest of the last logits was not finite
   int position;              // tokens in the cache
   unsigned swaps;            // layers computed so far; if odd, x is in the second buffer
   unsigned vote_number;      // votes of the grid so far
   unsigned voted;            // counts the blocks that have voted
   Maxima maxima[3];          // of this vote, the next vote and the vote before
-  longlong2 tally_words[2];  // two sums over the grid, for top-k and top-p: chapter 14
+  longlong2 tally_words[2];  // two sums over the grid, in two sets that take turns: chapter 14
 };
 
 struct Settings {  // how to draw tokens; the host writes it: chapters 9 and 14
@@ -1558,7 +1562,7 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory
 //     19.8          Rank 1 passes (1) with parity 0: all 960 bytes have landed.
 //     < 21.5        Rank 1 reads the inbox in S3. After (d), all its threads have read it.
 //     21.5          Rank 1 pushes its peak, denom and o to rank 0.
-//     25.2          Rank 0 passes (2), which needs this push.
+//     25.1          Rank 0 passes (2), which needs this push.
 //     38.8          Rank 0 begins S2 of layer 1, and pushes into the inbox again. This is safe.
 //     56.6          Rank 1 passes (1) with parity 1.
 //
@@ -1581,16 +1585,19 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory
 //
 // Arrays that take turns. Before a warp writes to warp_dots[0] again, it passes the (c) of the tile between.
 // No warp comes to that (c) before it has read warp_dots[0]. When block 0 clears the maxima of vote n + 1, no
-// block reads them any more: vote n - 2 has used the same maxima, and every block read them before it arrived
-// at vote n - 1.
+// block reads them any more. Vote n - 2 has used the same maxima, and every block read them before it arrived
+// at vote n - 1. Block 0 comes to vote n only after vote n - 1 is complete, so after every block has arrived
+// there.
 //
-// Begin of a launch. Carriers load their words of x_now. No block has added to x_now yet: a block that does
-// has passed a (4), and that (4) needs an addition that this block makes later. Carriers must not load their
-// words of x_next, because a faster block may already have added to them. They are 0 at first.
+// Begin of a launch. Carriers load their words of x_now. No block has added to x_now yet. A block adds to it
+// only after the (4) of the launch's second layer. That (4) needs an addition that the carrier's block makes
+// after the load. Carriers must not load their words of x_next, because a faster block may already have added
+// to them. These words are 0: the previous launch has cleared them, and the first launch finds zeros.
 //
-// End of a launch. finish() clears x_next. Blocks read x_next last in the last layer, and this block has
+// End of a launch. finish() clears x_next. The last layer was the last to read x_next, and this block has
 // passed the (4) after that layer, so no block reads x_next any more. And blocks read the members of State
-// that finish() writes only before (0).
+// that finish() writes only before their (0). This block has passed a (4), which needs additions that every
+// block makes after its (0).
 //
 // Exit. A block must not end while a push to it or from it is on its way. The last pushes of a token are
 // those of y. The receiver waits for them at (3), and then adds to x. Both blocks end only after a (4) that
@@ -1625,8 +1632,8 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory
 // number, or, without top-k, the probability of all tokens, the whole.
 struct Tally { unsigned long long probability, number_or_whole; };
 
-// Is the candidate with the packed logit `bound` kept? top_p is a share of `whole`: the probability of all
-// tokens, or, with top-k, of the top_k likeliest. With both top-k and top-p, the first call for a token
+// Is the candidate with the packed logit `bound` kept? top_p is a share of `whole`, the probability of all
+// tokens or, with top-k, of the top_k likeliest. With both top-k and top-p, the first call for a token
 // computes `whole`.
 __device__ bool is_kept(unsigned long long bound, float largest, unsigned long long& whole) {
   const bool cut_k = s.settings.top_k < V, cut_p = s.settings.top_p < 1;
@@ -1700,6 +1707,7 @@ __device__ Tally tally(float largest, unsigned long long bound, bool with_number
 //     pythia-               14m   31m   70m   160m   410m   1b     1.4b   2.8b   6.9b   12b
 //     C                     128   256   512   768    1024   2048   2048   2560   4096   5120
 //     TEAM                  16    32    64    96     128    256    256    320    256    320
+//     MIN_WORKERS           256   256   256   384    256    256    256    256    256    256
 //     TEAMS                 16    8     4     4      2      1      1      1      1      1
 //     PIECES                1     1     1     1      1      1      1      1      2      2
 //     ROWS                  8     8     8     8      8      8      8      8      4      4
@@ -1707,16 +1715,16 @@ __device__ Tally tally(float largest, unsigned long long bound, bool with_number
 //     SLOTS                 13    13    13    8      13     12     12     10     11     8
 //
 // Small models: teams. A row of pythia-70m has 512 columns, so 64 threads hold a row: a team. A block has at
-// least MIN_WORKERS = 256 workers, here 4 teams, and each takes different rows: a tile has 8 rows for each
-// team, 32 in all, and row r belongs to team r mod 4. Every team has all of x, a y of its own, and a (b) and
-// (c) of its own. At (3), all teams push their y, and the owner of the columns adds up RANKS * TEAMS parts,
-// in the order of ranks and teams.
+// least MIN_WORKERS workers, here 256 in 4 teams, and each team takes different rows: a tile has 8 rows for
+// each team, 32 in all, and row r belongs to team r mod 4. Every team has all of x, a y of its own, and a (b)
+// and (c) of its own. At (3), all teams push their y, and the owner of the columns adds up RANKS * TEAMS
+// parts, in the order of ranks and teams.
 //
 // Smallest: half warps. A row of pythia-14m has 128 columns, so a team is 16 threads (TEAM_LANES), and a warp
-// is two teams. A team is within one warp, so it needs no (b) and (c): TEAM_WARPS == 1. With clusters of 4, a
-// rank has 8 output rows but 16 teams. A team without an output row has nothing to do in S7, so it may read
-// rank_peak_denom late, while a peer already overwrites it with results of the next head. This does no harm,
-// because this team uses nothing that it reads.
+// is two teams. A team is within one warp, so it needs no (b) and (c): TEAM_WARPS == 1. In its clusters of 8,
+// a rank has 12 rows of q, k, v and 4 output rows, but 16 teams. A team without any of these rows may read
+// rank_peak_denom late, while a peer already overwrites it with results of the cluster's next head. This does
+// no harm, because this team uses nothing that it reads.
 //
 // Largest: two pieces. From C = 4096 on, a thread owns PIECES = 2 pieces of 8 columns, so that a block has
 // half as many threads and each can have twice as many registers. The pieces lie 8 * TEAM columns apart, so
@@ -1758,7 +1766,7 @@ static_assert(SLOTS >= 2 * HALF_TILES, "two tiles: one being read, one on its wa
 // sums. Lane 0 keeps rows 0 to 3 at distance 4, rows 0 and 1 at distance 2, and row 0 at distance 1. At
 // distance 1, two rows a and b are left, with the sums a0 and b0 in lane 0, a1 and b1 in lane 1:
 //     lane 0 gives b0, gets a1, and keeps a0 + a1
-//     lane 1 gives a0, gets b1, and keeps b0 + b1
+//     lane 1 gives a1, gets b0, and keeps b0 + b1
 // The steps at distance 8 and 16 add what other lanes have of the same row.
 static __device__ float reduce_rows(float (&v)[ROWS], int lane) {
   for (int apart = ROWS / 2; apart >= 1; apart /= 2) {
@@ -1804,8 +1812,9 @@ static __device__ unsigned lacking(const longlong2& words, unsigned wanted) {
 //     65536 or more, so x becomes NaN in the next layer.
 //
 // Old counts. Before the carrier has added, an old word would need 256 more additions to look complete, but
-// there are at most 254. After the carrier's addition, the count is at most 256 + 254 + 1 = 511, which 9 bits
-// hold.
+// there are at most 254. (A cleared word needs at least one addition of each cluster and of the carrier, so
+// it cannot look complete either.) After the carrier's addition, the count is at most 256 + 254 + 1 = 511,
+// which 9 bits hold.
 
 // Packed logits. The upper 32 bits are those of the logit, changed so that they compare like an unsigned
 // integer: all are flipped for a negative number, only the sign for a positive one. NaN is above all, as in
@@ -1859,10 +1868,10 @@ static __device__ __noinline__ float log_delay(unsigned long long seed, uint32_t
 // of its bus, 4814 bytes a ns on an H200. Without a pace, a token takes 1244 us instead of 1223, and a token
 // of pythia-160m 83.6 instead of 82.1.
 //
-// A producer that has fallen behind is not allowed to catch up: with 0.3 us of catching up, a token takes 0.2
-// % longer. Why it is longer was not measured. But global_ns() advances in steps of 32 ns, so a wait may end
-// up to 32 ns late. Only this much may be caught up (CLOCK_NS). A wait of more than 1 ms can only mean that
-// the clock was set back.
+// A producer that has fallen behind is not allowed to catch up. With 0.3 us of catching up, a token takes 0.2
+// % longer, for a reason that was not measured. There is one exception. global_ns() advances in steps of 32
+// ns, so a wait may end up to 32 ns late, and CLOCK_NS is this much that may be caught up. A wait of more
+// than 1 ms can only mean that the clock was set back.
 static constexpr int CLOCK_NS = 32;  // step of global_ns, the clock that all blocks share
 
 static __device__ void keep_pace(unsigned long long& earliest_ns, uint32_t bytes) {
@@ -1873,10 +1882,11 @@ static __device__ void keep_pace(unsigned long long& earliest_ns, uint32_t bytes
 
 // 18. Patience ============================================================================================
 // A wait that never ends would hang the host, too. So workers wait at (1) to (6) for 3 s at most, and the
-// producer for 6 s, so that a worker, which is closer to the cause, reports first. The other waits of workers
-// have no limit: (a) to (g), (F), and the second part of (4), where all threads read x. If workers hang
-// there, the producer reports. At the end it waits until all workers are done (workers_done). If this takes
-// too long, it reports (F), because (F) is where workers most likely hang.
+// producer for 6 s, so that a worker, which is closer to the cause, reports first. The other waits have no
+// limit: (0), (a) to (g), (F) for workers, and the second part of (4), where all threads read x. If workers
+// of one block hang there, workers of other blocks report, most likely at (4) or (5). If no other block
+// waits, a producer reports: at (E) or (h), or, when it has copied everything and waits for its workers
+// (workers_done), (F), because (F) is where workers most likely hang.
 //
 // The first thread that reaches its limit writes a Failure to host memory: the sync, its block, the layer,
 // and a number. At (5) this is the number of blocks that have not voted, at (4) and (6) the result of
@@ -1906,11 +1916,11 @@ static __device__ void wait(const Model& m, Shared& s, uint64_t* barrier, uint32
     if (clock64() - start > patience) give_up(m.failure, sync, s.layer, parity);
 }
 
-// 19. Toolbox: instructions that CUDA C++ does not offer, or not in this form ========================
+// 19. Toolbox: instructions that CUDA C++ does not offer, or not in this form =============================
 // asm("...") is an instruction of PTX, the GPU's assembly language, which calls a block a cta. %0, %1 ...
 // stand for the operands after the colons: first the results, with "=", then the inputs; "r" has 32 bits, "l"
-// 64. volatile forbids the compiler to remove the instruction. "memory" forbids it to move reads and writes
-// across the instruction.
+// 64, "f" is a float. volatile forbids the compiler to remove the instruction. "memory" forbids it to move
+// reads and writes across the instruction.
 
 // An address in shared memory, in the 32 bits that these instructions take.
 static __device__ uint32_t smem(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
@@ -1977,8 +1987,8 @@ static __device__ void bulk_copy(void* to, const void* from, uint32_t bytes, uin
   "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
       :: "r"(smem(to)), "l"(from), "r"(bytes), "r"(smem(full)), "l"(policy) : "memory");
 }
-// Bulk copies reach memory on another path (a "proxy") than loads, and an acquire does not order them. After
-// this fence, the thread's copies see all that the thread has acquired.
+// Bulk copies reach memory by a different path (a "proxy") than loads do, and an acquire does not order them.
+// After this fence, the thread's copies see all that the thread has acquired.
 static __device__ void order_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // Goes to L2, where the additions are made, and gets value and count of a word at the same moment. A plain
@@ -2117,9 +2127,9 @@ extern "C" const char* fused_launch(const void* const* pointers, int clusters, i
 //      2.8b, and 6 % more in 160m. With 16, the producer is at most one tile ahead. Expect two thirds more.
 //   3. make_plan: filler = 0. A block with a head waits while the pushes for (1) and (2) travel. How much is
 //      that for a token? Why do the bits of y change?
-//   4. build.py: attention_kib = 96 (ATTENTION_BYTES, chapter 15). Blocks with a head add to x 1.4 us
-//      earlier, the others 1.3 us later, and a token takes as long as before. Why does it not lose 32 * 1.3
-//      us? (What do blocks wait for at (4), by chapter 11?)
+//   4. build.py: attention_kib = 96 (ATTENTION_BYTES, chapter 15). By their bytes, blocks with a head add to
+//      x 1.4 us earlier, and the others 1.4 us later, but a token takes as long as before. Why does it not
+//      lose 32 * 1.4 us? (What do blocks wait for at (4), by chapter 11?)
 //   5. Leave out the call of wait_for_x. Expect 5 % more, because all threads poll. Now leave out the check
 //      in read_residual instead. How often do the bits change, and why do some launches not end? (See
 //      carry_x.)

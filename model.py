@@ -123,7 +123,7 @@ class Block(nn.Module):
         attn = self.attend(layer_norm(x, (C,), self.ln1_w, self.ln1_b, eps), rope, cache_kv, pos)
         hidden = linear(layer_norm(x, (C,), self.ln2_w, self.ln2_b, eps), self.w_up, self.b_up)
         mlp = linear(gelu(hidden), self.w_down.T, self.b_down)                    # [B, N, MLP] -> [B, N, C]
-        # x is the largest, so every sum with x rounds off most. So add to x only once.
+        # x is much larger than attn and mlp, so a sum with x loses the most digits. So x is in one sum only.
         return x + (attn + mlp)
 
     def attend(self, x, rope, cache_kv, pos):
@@ -336,8 +336,10 @@ class Reference:
         """Begins another text."""
 
     def decode(self, token, pos, steps, sampler, text_number=None):
-        """Yields `steps` ids (ints) that follow the id `token` at position `pos`. Only a decoder that
-        another text can interrupt needs the text's number, which `begin` returned."""
+        """Yields `steps` ids (ints) that follow the id `token` at position `pos`.
+
+        `text_number` is for a decoder whose cache another text can take over, such as build.Fused.
+        """
         for at in range(pos, pos + steps):
             tokens = torch.tensor([[token]], device=self.cache.device)
             token = int(sampler(self.model(tokens, self.cache, at)[0, 0], at + 1))

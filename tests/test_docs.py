@@ -123,6 +123,18 @@ def test_layer_in_time():
     report("fused_block.cu", f"numbers of chapter 11 that do not follow {missing or ''}", len(missing))
 
 
+def test_table_of_sizes():
+    """fused_block.cu, chapter 15: the constants of the ten sizes."""
+    chapter = build.SOURCE.read_text().partition("// 15. Other shapes")[2].partition("Small models")[0]
+    rows = [line.strip("/ ").split() for line in chapter.splitlines()[1:] if line.strip("/ ")]
+    (_, *sizes), *table = rows
+    wrong = 0
+    for i, size in enumerate(sizes):
+        k = emulator.kernel_constants(build.constants(Config.from_name(f"pythia-{size}")))
+        wrong += sum(int(values[i]) != getattr(k, name) for name, *values in table)
+    report("fused_block.cu", f"numbers that differ, of {len(table)} in each of {len(sizes)} sizes", wrong)
+
+
 PAGES = ["README.md", *(str(path.relative_to(HERE)) for path in sorted(HERE.glob("docs/*.md")))]
 
 
