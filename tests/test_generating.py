@@ -37,7 +37,7 @@ def test_greedy():
     seconds = [[timeit.timeit(run, number=1) for run in (ours, theirs)] for _ in range(3)]
     best = np.min(seconds, 0) / (len(a), len(b))
     differing = sum(x != y for x, y in zip(a, b, strict=False)) + abs(len(a) - len(b))
-    report("tiny-pythia", f"greedy tokens unlike transformers', of {len(b)}", differing)
+    report("tiny-pythia", f"greedy tokens not as transformers', of {len(b)}", differing)
     report("tiny-pythia", "CPU seconds a token / transformers' generate", best[0] / best[1], 1)
 
 
