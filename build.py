@@ -418,7 +418,7 @@ class Fused:
             sync, block, layer, number = self.failure.tolist()
             if sync == 0:
                 raise
-            name = ["", "(1)", "(2)", "(3)", "(4)", "(5)", "(6)", "(F)", "(E)", "(h)"][sync]
+            name = ["", "(1)", "(2)", "(3)", "(4)", "(5)", "(6)", "(F)", "(E)", "(N)"][sync]
             lacking = {4: f", where x lacked {number} of its sums,",
                        5: f", where {number} blocks had not arrived,"}.get(sync, "")
             raise RuntimeError(f"the fused kernel waited too long at sync {name}{lacking} in block {block}, "

@@ -52,8 +52,9 @@
 // number, through time. Stop there: the appendix, from chapter 12 on, is for looking things up.
 //
 // A *sync* is a point where a thread waits until other threads have done something. Syncs between blocks are
-// (0) to (6). Syncs inside a block have letters. Chapter 13 lists all of them. Each stage has a card above
-// it: its *math*; *who* computes what; the *bytes* that a block moves, unless it says otherwise; its *syncs*.
+// (0) to (6). Syncs inside a block are (a) to (g), (F), (E) and (N). Chapter 13 lists all of them. Each stage
+// has a card above it: its *math*; *who* computes what; the *bytes* that a block moves, unless it says
+// otherwise; its *syncs*.
 //
 // Times are us for one token of 2.8b, unless a sentence says otherwise. GPUs and versions of the kernel
 // differ, so compare times only within a sentence. Many percentages, and the times in chapters 8 and 19, were
@@ -461,7 +462,7 @@ struct Producer {  // one thread of each block
   Shared& s;
   const uint64_t policy = read_once_policy();  // chapter 19
   Cursor cursor;
-  uint32_t token_parity = 0;           // parity of (h): see copy_layers
+  uint32_t token_parity = 0;           // parity of (N): see copy_layers
   unsigned long long earliest_ns = 0;  // no copy may start before this time
 
   // Waits until the next slot is empty and until it is time for the copy (keep_pace, chapter 17). Then
@@ -527,10 +528,11 @@ struct Producer {  // one thread of each block
         copy_units(w, plan, done, min(done + plan.filler, plan.units.size));  // S8
 
         // Only copies of keys and values depend on earlier tokens. Before the first of them, wait until the
-        // workers have finished the previous token: (h). Blocks without a head copy no keys and need not
-        // wait.
+        // workers have finished the previous token: (N). Blocks without a head copy no keys and need not
+        // wait. At (5) the previous token's k and v of all blocks became visible, and order_copies() makes
+        // them visible to the copies, too.
         if (!first_of_launch && layer == 0 && head == plan.cluster) {
-          wait(m, s, &s.token_ready, token_parity, SYNC_TOKEN);           // (h)
+          wait(m, s, &s.token_ready, token_parity, SYNC_TOKEN);           // (N)
           token_parity ^= 1;
           order_copies();                                                 // chapter 19
         }
@@ -1000,7 +1002,7 @@ __device__ void begin(int first_layer, const longlong2& carried_words) {
 // Ends a launch: clears x_next for the next launch, and writes State (chapter 12). Chapter 13 says why no
 // block still reads them.
 __device__ void finish(long long* x_next, int token, int position, unsigned swaps) const {
-  if (lane == 0) barrier_arrive(&s.workers_done);
+  if (lane == 0) barrier_arrive(&s.workers_done);  // chapter 18
   if (2 * my_pair < C) x_next[2 * my_pair] = x_next[2 * my_pair + 1] = 0;
   if (blockIdx.x == 0 && tid == 0) {
     State& state = *m.state;
@@ -1125,7 +1127,7 @@ __device__ int next_token(const Columns& xn, int position, int end) {
 
   // After (5), the cache holds k and v of this position. Let the producer copy cached positions again. The
   // host reads the history, and drops what comes after an end of text.
-  if (tid == 0) barrier_arrive(&s.token_ready);                           // (h)
+  if (tid == 0) barrier_arrive(&s.token_ready);                           // (N)
   if (blockIdx.x == 0 && tid == 0) m.history[position] = token;
   return token;
 }
@@ -1351,7 +1353,7 @@ static __device__ void thread_main(const Model& m, Shared& s, int first_layer, i
     s.plan = make_plan(blockIdx.x, gridDim.x, position);
     s.lm_rows = deal(0, V, blockIdx.x, gridDim.x);
     s.settings = *m.settings;
-    s.tally_old[0] = state.tally_words[0], s.tally_old[1] = state.tally_words[1];
+    s.tally_old[0] = state.tally_words[0], s.tally_old[1] = state.tally_words[1];  // chapter 14
     s.vote_number = state.vote_number, s.tally_number = 0;
     for (int i = 0; i < SLOTS; i++) barrier_init(&s.full[i], 1), barrier_init(&s.empty[i], WARPS);
     barrier_init(&s.qkv_ready, 1), barrier_init(&s.attention_ready, 1), barrier_init(&s.sums_ready, 1);
@@ -1520,7 +1522,7 @@ struct alignas(128) Shared {                               // chapter, and what
   int layer;                                               // 18 the layer that a failure report names
   uint64_t full[SLOTS], empty[SLOTS];                      // 5  (F), (E)
   uint64_t qkv_ready, attention_ready, sums_ready;         // 7  (1), (2), (3)
-  uint64_t token_ready, workers_done;                      // 9  (h); 18: all workers are done
+  uint64_t token_ready, workers_done;                      // 9  (N); 18: all workers are done
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory: REST_BYTES is wrong");
 
@@ -1546,7 +1548,7 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory
 //     (e)   push_attention: the results of all warps                a merge with results of an earlier head
 //     (f)   thread 0: its block has written all that (5), (6) need  a block takes part before it is done
 //     (g)   workers: thread 0 has passed (4), (5) or (6)            a result of (5) or (6) used too early
-//     (h)   the producer: thread 0 has passed (5)                   copies of k and v that are not cached yet
+//     (N)   the producer: thread 0 has passed (5)                   copies of k and v that are not cached yet
 //
 // Inboxes. The receiver reads an inbox, then sends its next message. The peer waits for this message, and
 // then pushes into the inbox again:
@@ -1574,7 +1576,7 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory
 //             at empty only after it has seen phase n of full end
 //     empty   It needs arrivals of warps that have read these later rows. The producer copies the rows only
 //             after it has seen phase n of empty end
-//     (h)     It needs the end of the next token, and so rows that the producer copies after its wait at (h)
+//     (N)     It needs the end of the next token, and so rows that the producer copies after its wait at (N)
 // At (1), (2) and (3), phase n + 1 needs a later push of this block itself:
 //     (1)     The push of the next head's rows comes after (d) of this head. A warp comes to this (d) only
 //             after (1)
@@ -1885,7 +1887,7 @@ static __device__ void keep_pace(unsigned long long& earliest_ns, uint32_t bytes
 // producer for 6 s, so that a worker, which is closer to the cause, reports first. The other waits have no
 // limit: (0), (a) to (g), (F) for workers, and the second part of (4), where all threads read x. If workers
 // of one block hang there, workers of other blocks report, most likely at (4) or (5). If no other block
-// waits, a producer reports: at (E) or (h), or, when it has copied everything and waits for its workers
+// waits, a producer reports: at (E) or (N), or, when it has copied everything and waits for its workers
 // (workers_done), (F), because (F) is where workers most likely hang.
 //
 // The first thread that reaches its limit writes a Failure to host memory: the sync, its block, the layer,
@@ -1893,7 +1895,7 @@ static __device__ void keep_pace(unsigned long long& earliest_ns, uint32_t bytes
 // lacking(), elsewhere the parity. Then the thread executes a *trap*, an instruction that ends the launch and
 // all of the process's work on the GPU. The host turns the Failure into an error.
 static constexpr long long PATIENCE = 6'000'000'000;  // clock cycles: 3.0 s at 1.98 GHz
-enum SyncId {  // (1) to (6), then (F), (E) and (h): the numbers in Failure::sync
+enum SyncId {  // (1) to (6), then (F), (E) and (N): the numbers in Failure::sync
   SYNC_QKV = 1, SYNC_ATTENTION, SYNC_SUMS, SYNC_X, SYNC_VOTE, SYNC_TALLY, SYNC_FULL, SYNC_EMPTY, SYNC_TOKEN
 };
 

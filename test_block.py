@@ -331,7 +331,7 @@ SYNCS = {sync: (re.compile(wait), instead) for sync, wait, instead in (
     ("(f), before (6)", r"warp_result\[warp\] = \{above, .*\n\s+(workers_sync\(\));  // \(f\)", "false"),
     ("(g), after (5)", r"give_up\(\S+ SYNC_VOTE(?:.*\n)*?\s+(workers_sync\(\));  // \(g\)", "false"),
     ("(g), after (6)", r"give_up\(\S+ SYNC_TALLY(?:.*\n)*?\s+(workers_sync\(\));  // \(g\)", "false"),
-    ("(h)", r"wait\([^;]*SYNC_TOKEN\)", "false"),
+    ("(N)", r"wait\([^;]*SYNC_TOKEN\)", "false"),
     # instead, its words are loaded, to which others may already add
     ("a launch's clear buffer", r"carried_next = (\{0, 0\});",
      "load_relaxed(buffer(m.state->swaps + 1) + 2 * min(my_pair, C / 2 - 1))"),
@@ -339,7 +339,7 @@ SYNCS = {sync: (re.compile(wait), instead) for sync, wait, instead in (
     ("(g), after (4)", r"give_up\(\S+ SYNC_X(?:.*\n)*?\s+(workers_sync\(\));  // \(g\)", "false"))}
 CONTROL = "(g), after (4)"
 NEEDS = {  # a shape that shows the absence: teams of several warps, in a long ring a whole token
-    "(b)": "70m", "(c)": "70m", "(F), in axpy_tile": "70m", "(h)": "ahead"}  # of others, a small one: "14m"
+    "(b)": "70m", "(c)": "70m", "(F), in axpy_tile": "70m", "(N)": "ahead"}  # of others, a small one: "14m"
 HANGS = {  # the sync at which a launch waits in vain: what is left out, and instead
     "(4)": ("c = tid; c < OWN", "c = blockIdx.x == 0 ? OWN : tid; c < OWN"),  # block 0 adds nothing to x
     "(F)": ("if (with_lm_head)", "if (false)")}                                 # no copies of the LM head

@@ -27,13 +27,13 @@ PROMISED = {
     "(6)": ["ld.relaxed.gpu.global.v2.s64"],
     "(F)": [EXPECT, OPEN.format("cta")],
     "(E)": [ARRIVE],
-    "(h)": [ARRIVE, OPEN.format("cta")],
+    "(N)": [ARRIVE, OPEN.format("cta")],
     **{f"({sync})": ["barrier.sync"] for sync in "abcdefg"},
     "": ["red.relaxed.gpu.global.add.u64", OPEN.format("cta"),  # additions to x; (E), in the producer
          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"]}
 FENCES = {  # of fences: what comes before, and what after, as nothing else of memory order does
     "fence.mbarrier_init.release.cluster": (r"mbarrier\.init\S*", r"(\S* ld\S*\n)*\(0\) barrier\.cluster"),
-    "fence.proxy.async": (r"\(h\) mbarrier\.try_wait\S*", r"(\S* mbarrier\S*\n)*\S* ?cp\.async\.bulk")}
+    "fence.proxy.async": (r"\(N\) mbarrier\.try_wait\S*", r"(\S* mbarrier\S*\n)*\S* ?cp\.async\.bulk")}
 EDITS = {  # of the asm in the kernel's toolbox, each of which must turn this red: (text, what stands instead)
     "no fence.proxy.async": ("fence.proxy.async;", ""),
     "no fence after the barriers' init": ("fence.mbarrier_init.release.cluster;", ""),
@@ -59,7 +59,7 @@ def memory_order(ptx):
     """[(sync, instruction)] of PTX, in its order. The sync is named in the comment of the innermost line, of
     those that were inlined one into another, whose comment names one."""
     lines = build.SOURCE.read_text().split("\n")
-    names = [re.findall(r"\([0-9a-hEF]\)", line.partition("//")[2]) for line in lines]
+    names = [re.findall(r"\([0-9a-gEFN]\)", line.partition("//")[2]) for line in lines]
     order = r"((?:fence|m?barrier|(?:st|cp)\.async|red|ld\.(?:relaxed|acquire|global\.v2\.s64))[\w.:]*)"
     found, line, called_from = [], None, {}
     for text in ptx.split("\n"):
