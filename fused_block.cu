@@ -39,10 +39,10 @@
 //
 // The budget. Each weight is used once for each token, so a layer takes at least the time in which memory
 // delivers its bytes. In us, microseconds:
-//     (4*C*C + 2*C*MLP) weights of 2 bytes         157.3 MB / 4.62 TB/s =   34.0 us a layer
-//     keys and values of T tokens: 4*C*T bytes      1.31 MB / 4.62 TB/s =    0.3 us a layer
-//     L layers, 2*V*C bytes of the LM head, biases 5.335 GB / 4.62 TB/s = 1154   us a token: the floor
-// The 4.62 TB/s are measured: the fastest of several kernels that only read reaches this rate on this H200.
+//     (4*C*C + 2*C*MLP) weights of 2 bytes         157.3 MB / 4.622 TB/s =   34.0 us a layer
+//     keys and values of T tokens: 4*C*T bytes      1.31 MB / 4.622 TB/s =    0.3 us a layer
+//     L layers, 2*V*C bytes of the LM head, biases 5.335 GB / 4.622 TB/s = 1154   us a token: the floor
+// The 4.622 TB/s are measured: the fastest of several kernels that only read reaches this rate on this H200.
 // The kernel below takes 1232 us for a token, 7 % above the floor. Arithmetic is not the limit: even without
 // GELU and without the sums across threads, a token takes the same time within 0.3 %. One goal explains
 // nearly everything in this file: memory must never sit idle.
@@ -215,7 +215,8 @@ __device__ void run(int first_layer, int end_layer, int new_tokens,
       // S2. Compute this rank's rows of q, k, v. Send them to all ranks of the cluster.
       qkv_rows(xn1, head); mark(MARK_QKV, layer);
 
-      // S8. Do plan.filler hidden units while q, k and v are on their way. Then wait for q, k and v: (1).
+      // S8. Do plan.filler hidden units (16, chapter 10) while q, k and v are on their way. Then wait for q,
+      // k and v: (1).
       hidden_units(xn2, done, min(done + plan.filler, plan.units.size));
       wait_for_qkv(); mark(MARK_1, layer);
 
@@ -261,9 +262,10 @@ const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;  // of this worke
 // 4. dot tile and axpy tile ===============================================================================
 // The problem. Each of the 320 threads has a part of a dot product, and the parts have to be added up. The
 // number of a thread in its warp is its *lane*, and a lane can read a register of another lane by a
-// *shuffle*. In five shuffles, each lane adds what the lane at distance 1, 2, 4, 8 and 16 has, and then has
-// the sum of all 32. After that, the 10 warps exchange their sums through shared memory, which takes a sync.
-// This is a *reduction*. One for every row would take longer than memory needs to deliver the row.
+// *shuffle*. Five shuffles are enough for a warp: each lane adds the value of the lane at distance 1, then of
+// the lane at distance 2, then 4, 8 and 16. Then every lane has the sum of all 32. After that, the 10 warps
+// exchange their sums through shared memory, which takes a sync. This is a *reduction*. One for every row
+// would take longer than memory needs to deliver the row.
 //
 // The answer. 8 rows share one reduction: they are a *tile*. Each worker multiplies its columns of all 8 rows
 // before the sums are reduced together. With tiles of 2 rows a token takes 2018 us, with 4 or 8 rows 1221 and
@@ -529,8 +531,8 @@ struct Producer {  // one thread of each block
 
         // Only copies of keys and values depend on earlier tokens. Before the first of them, wait until the
         // workers have finished the previous token: (N). Blocks without a head copy no keys and need not
-        // wait. At (5) the previous token's k and v of all blocks became visible, and order_copies() makes
-        // them visible to the copies, too.
+        // wait. At (5) the previous token's k and v of all blocks became visible (release and acquire,
+        // chapter 8), and order_copies() makes them visible to the copies, too.
         if (!first_of_launch && layer == 0 && head == plan.cluster) {
           wait(m, s, &s.token_ready, token_parity, SYNC_TOKEN);           // (N)
           token_parity ^= 1;
@@ -664,8 +666,8 @@ __device__ void hidden_units(const Columns& xn2, int& done, int end) {
 //     (3)   sums             its y, in parts                         owner of the column: a ClusterReduce
 //
 // When may a rank push into an inbox again? When the receiver has read the inbox. The sender needs no extra
-// signal to know this: it waits for a later message of the receiver anyway, and the receiver sends that
-// message only after reading. Chapter 13 has this message for each inbox.
+// signal to know this: it waits for a later message of the receiver anyway (a push, or an addition to x), and
+// the receiver sends that message only after reading. Chapter 13 has this message for each inbox.
 //
 // in_rank(place, r) is the address of `place` in the shared memory of rank r. push stores one float there,
 // push4 four.
@@ -743,8 +745,8 @@ __device__ void rotate_and_append(int layer, int head, int position) const {
 
 // S5 ATTEND. The softmax takes positions a few at a time ("online softmax") and works with powers of 2:
 //   1. A set of positions with scores score_t has three results: peak = max score_t, denom = the sum of
-//      2^(score_t - peak), and o = the sum of 2^(score_t - peak) * v_t. The attention of the set is o /
-//      denom. The division comes last, in S6.
+//      2^(score_t - peak), and o = the sum of 2^(score_t - peak) * v_t, here still undivided. The attention
+//      of the set is o / denom. S6 divides.
 //   2. To merge two sets, take the larger peak. Multiply each set's denom and o by 2^(its peak - larger
 //      peak), which shrinks them to this peak. Then add both denoms and both o. attend() merges the results
 //      of lanes, push_attention() those of warps, S6 those of ranks.
@@ -814,7 +816,7 @@ __device__ void attend() {
     free_slot();  // (E)
   }
 
-  // Merge the halves of the warp, which hold the same dimensions of different positions.
+  // Merge the two groups of 16 lanes, which hold the same dimensions of different positions.
   for (int apart = POSITION_LANES; apart < 32; apart *= 2) {
     const float higher = fmaxf(peak, __shfl_xor_sync(~0u, peak, apart)), shrink = exp2f(peak - higher);
     peak = higher;
@@ -885,8 +887,8 @@ __device__ void out_rows(int head) {
 //   who     every thread pushes its 8 columns to the rank that owns them
 //   bytes   4 * C, 10 KB, to the shared memories of the cluster
 //   syncs   (3)
-// Why does the cluster add up first? L2 carries out additions to one column one after another, so fewer
-// additions are faster. Without this adding-up a token takes 2.9 % longer.
+// Why does the cluster add up first? L2 carries out additions (chapter 8) to one column one after another, so
+// fewer additions are faster. Without this adding-up a token takes 2.9 % longer.
 __device__ void cluster_reduce() {
   if (tid == 0) barrier_expect(&s.sums_ready, sizeof(s.sums));  // (3)
   for (int p = 0; p < PIECES; p++) {
@@ -1046,9 +1048,9 @@ __device__ void read_x(int layer, int token, const long long* x_now, unsigned sw
 }
 
 // To read again and again is to *poll*. If all threads polled, they would slow down the additions that they
-// wait for: a token would take 5 % longer. So thread 0 polls alone, and only the last pair of its rank's
-// columns, which clusters add last. After 3 s, PATIENCE, it gives up (chapter 18). clock64() is the clock of
-// its processor.
+// wait for: a token would take 5 % longer. So thread 0 polls alone, and only one pair: the last of its rank's
+// columns. Clusters add this pair last. After 3 s, PATIENCE, it gives up (chapter 18). clock64() is the clock
+// of its processor.
 __device__ void wait_for_x(const long long* x_now, unsigned wanted) const {
   if (tid == 0) {
     const long long start = clock64();
@@ -1139,13 +1141,15 @@ __device__ int choose() {
   unsigned long long bound = 0, whole = 0;
   float largest = 0;
   while (true) {
-    // Vote for a candidate. The first vote also finds the largest of all logits.
+    // Vote for a candidate. The vote leaves the largest packed logit in grid_result.x, and the candidate's
+    // packed noisy logit in .y.
     vote(bound);
     const int candidate = token_of(s.grid_result.y);
     if (bound == 0) largest = logit_of(s.grid_result.x);
     if (!(fabsf(largest) <= 3.4028235e38f)) return -1;
 
-    // Without top-k and top-p, is_kept (chapter 14) returns true and does not use `bound`.
+    // Without top-k and top-p, vote() has not set candidate_logit. Then is_kept (chapter 14) returns true and
+    // does not use `bound`.
     bound = pack(s.candidate_logit, candidate);
     if (is_kept(bound, largest, whole)) return candidate;
   }
@@ -1384,8 +1388,9 @@ static __device__ void thread_main(const Model& m, Shared& s, int first_layer, i
 
 // 11. A layer in time =====================================================================================
 // This table follows thread 0 of block 11, which is rank 1 of cluster 5, through one layer. `took` is the
-// time from the previous mark to the mark in the first column (chapter 20). A line without a mark shares the
-// time of the line above. The columns of numbers are:
+// time from the previous mark to the mark in the first column (chapter 20). Marks 1, 2 and 3 come after the
+// syncs (1), (2) and (3). A line without a mark shares the time of the line above. The columns of numbers
+// are:
 //     KB       what the producer of the block copies
 //     needs    how many us these bytes take at 35.0 KB a us, a processor's share of the memory's rate
 //     took     how many us the line took, as a mean over the layers (results/bench-h200.json)
@@ -1405,11 +1410,11 @@ static __device__ void thread_main(const Model& m, Shared& s, int first_layer, i
 //  START       (4): polls columns 2558 and 2559 of x                                      3.1  other blocks
 //  a layer                                                                  1198   34.2  36.8
 //
-// The lines of marks QKV and 1 take less than their bytes need, because the ring is full when S2 begins. It
-// fills again during S3 to S5, so the line of mark 2 takes less, too. In all, a layer takes 2.6 us longer
-// than its bytes need. Of these, 0.7 us are explained: between two layers, in S9, (4), S0 and S1, the workers
-// free no slot for 6.5 us, but even an empty ring is full after 5.9 us, and then memory pauses. The other 1.9
-// us are not explained.
+// The lines of the marks "QKV" and "1" take less than their bytes need, because the ring is full when S2
+// begins. During S3 to S5 it fills in part, so the line of the mark "2" takes less, too. In all, a layer
+// takes 2.6 us longer than its bytes need. 0.7 us of this are explained. Between two layers, in S9, (4), S0
+// and S1, the workers free no slot for 6.5 us (before rounding). Memory fills even an empty ring in 5.9 us,
+// and then pauses. The other 1.9 us are not explained.
 //
 // Follow one number: hidden unit 602 of block 11, in layer 0 of a launch's first token.
 //  1. Its up row lies in global memory: w_up + 602 * C, 5120 bytes.
@@ -1454,7 +1459,7 @@ struct State {  // what one launch passes to the next one
   int position;              // tokens in the cache
   unsigned swaps;            // layers computed so far; if odd, x is in the second buffer
   unsigned vote_number;      // votes of the grid so far
-  unsigned voted;            // counts the blocks that have voted
+  unsigned voted;            // votes of blocks, over all votes so far
   Maxima maxima[3];          // of this vote, the next vote and the vote before
   longlong2 tally_words[2];  // two sums over the grid, in two sets that take turns: chapter 14
 };
@@ -1538,7 +1543,7 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory
 //     (3)   a rank: y from all ranks                                x lacks what a peer adds
 //     (4)   all blocks: x is complete                               LayerNorm of an unfinished x
 //     (5)   all blocks: all have voted, k and v are cached          a token chosen from only some logits
-//     (6)   all blocks: the tally is complete                       a candidate tested with only some logits
+//     (6)   all blocks: the tally (chapter 14) is complete          a candidate tested with only some logits
 //     (F)   workers: a slot is full                                 arithmetic with bytes of an earlier tile
 //     (E)   the producer: a slot is empty                           bytes overwritten while in use
 //     (a)   workers: all of x is in s.x                             columns of an older x
@@ -1568,10 +1573,10 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory
 //     38.8          Rank 0 begins S2 of layer 1, and pushes into the inbox again. This is safe.
 //     56.6          Rank 1 passes (1) with parity 1.
 //
-// Parity. A thread that waits for the end of phase n has to look before phase n + 1 has also ended. Otherwise
-// phase n + 2 would be running, which has the parity of phase n, and the thread would wait for ever. So one
-// bit is enough if phase n + 1 cannot end before every waiting thread has seen the end of phase n. What phase
-// n + 1 needs:
+// Parity. A thread that waits for the end of phase n has to look while phase n + 1 is running. If it looks
+// later, phase n + 2 may be running. This has the parity of phase n, so the thread would go on waiting. So
+// one bit is enough if phase n + 1 cannot end before every waiting thread has seen the end of phase n. What
+// phase n + 1 needs:
 //     full    It needs later rows. The producer copies them only after phase n of empty. Every warp arrives
 //             at empty only after it has seen phase n of full end
 //     empty   It needs arrivals of warps that have read these later rows. The producer copies the rows only
@@ -1591,10 +1596,10 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the ring leaves too little memory
 // at vote n - 1. Block 0 comes to vote n only after vote n - 1 is complete, so after every block has arrived
 // there.
 //
-// Begin of a launch. Carriers load their words of x_now. No block has added to x_now yet. A block adds to it
-// only after the (4) of the launch's second layer. That (4) needs an addition that the carrier's block makes
-// after the load. Carriers must not load their words of x_next, because a faster block may already have added
-// to them. These words are 0: the previous launch has cleared them, and the first launch finds zeros.
+// Beginning of a launch. Carriers load their words of x_now. No block has added to x_now yet. A block adds to
+// it only after the (4) of the launch's second layer. That (4) needs an addition that the carrier's block
+// makes after the load. Carriers must not load their words of x_next, because a faster block may already have
+// added to them. These words are 0: the previous launch has cleared them, and the first launch finds zeros.
 //
 // End of a launch. finish() clears x_next. The last layer was the last to read x_next, and this block has
 // passed the (4) after that layer, so no block reads x_next any more. And blocks read the members of State
@@ -1735,10 +1740,10 @@ __device__ Tally tally(float largest, unsigned long long bound, bool with_number
 // Clusters of 1, 4 and 8 change only the shares: QKV_ROWS, OUT_ROWS, OWN and the number of positions. With
 // more heads than clusters, the loop over heads runs several times, and the first blocks get one head more.
 //
-// Two costs are not bytes, but make_plan counts them as bytes. Softmax makes a cached position slower to use
-// than to read, so its bytes count 1.5 times (KV_COST / 2). In small models, the short stages of a head take
-// time in which a block reads little. They count as ATTENTION_BYTES: 24 KiB in pythia-160m, 0 in 2.8b, where
-// the ring fills during these stages.
+// Two costs are not bytes, but make_plan counts them as bytes. Because of the softmax, using a cached
+// position takes longer than reading it, so its bytes count 1.5 times (KV_COST / 2). In small models, the
+// short stages of a head take time in which a block reads little. They count as ATTENTION_BYTES: 24 KiB in
+// pythia-160m, 0 in 2.8b, where the producer goes on filling the ring.
 //
 // The compiler checks what the code takes for granted:
 static_assert(C % 128 == 0, "a row is dealt out to half-warps, 16 bytes a lane: C must be a multiple of 128");
@@ -1804,8 +1809,8 @@ static __device__ unsigned lacking(const longlong2& words, unsigned wanted) {
   return ((wanted - (unsigned)words.x) | (wanted - (unsigned)words.y)) % (1 << COUNT_BITS);
 }
 
-// Why a NaN stays. For a number that does not fit, addend adds FIXED_NAN = 2^47. value_of returns NaN from
-// FIXED_EDGE = 2^46 on.
+// Why a NaN stays. In place of a number that does not fit, addend adds FIXED_NAN = 2^47. value_of returns NaN
+// for any value of 2^46 (FIXED_EDGE) or more in size.
 //   - Other additions cannot hide one FIXED_NAN. At most 254 others, each below 65536 * 2^22 = 2^38 in size,
 //     are together below 2^46.
 //   - Several FIXED_NANs cannot cancel. In the 55 bits of the value, 256 of them would wrap around to 0, but
@@ -1872,7 +1877,7 @@ static __device__ __noinline__ float log_delay(unsigned long long seed, uint32_t
 //
 // A producer that has fallen behind is not allowed to catch up. With 0.3 us of catching up, a token takes 0.2
 // % longer, for a reason that was not measured. There is one exception. global_ns() advances in steps of 32
-// ns, so a wait may end up to 32 ns late, and CLOCK_NS is this much that may be caught up. A wait of more
+// ns, so a wait may end up to 32 ns late. This much, CLOCK_NS, may be caught up. A wait of more
 // than 1 ms can only mean that the clock was set back.
 static constexpr int CLOCK_NS = 32;  // step of global_ns, the clock that all blocks share
 
@@ -1887,8 +1892,8 @@ static __device__ void keep_pace(unsigned long long& earliest_ns, uint32_t bytes
 // producer for 6 s, so that a worker, which is closer to the cause, reports first. The other waits have no
 // limit: (0), (a) to (g), (F) for workers, and the second part of (4), where all threads read x. If workers
 // of one block hang there, workers of other blocks report, most likely at (4) or (5). If no other block
-// waits, a producer reports: at (E) or (N), or, when it has copied everything and waits for its workers
-// (workers_done), (F), because (F) is where workers most likely hang.
+// waits, a producer reports. It names (E) or (N) if it waits there. If it has copied everything, it waits for
+// its workers (workers_done). Then it names (F), where workers most likely hang.
 //
 // The first thread that reaches its limit writes a Failure to host memory: the sync, its block, the layer,
 // and a number. At (5) this is the number of blocks that have not voted, at (4) and (6) the result of
@@ -2062,6 +2067,9 @@ __device__ void mark(Mark event, int layer) const {
 // A block waits for all others at (4), (5) and (6). If two launches had half of the GPU each, both would wait
 // for ever. So the launch is *cooperative*: the driver starts all blocks at once, or refuses.
 
+// `__global__` marks the kernel. `__launch_bounds__` promises the size of a block, and one block a processor.
+// `__grid_constant__` keeps m where the launch has put it. `extern __shared__` is the block's shared memory,
+// whose size the launch sets. `stream` below is a queue of work for the GPU.
 __global__ void __launch_bounds__(WORKERS + 32, 1)
 fused_block(const __grid_constant__ Worker::Model m, const int first_layer, const int end_layer,
             const int new_tokens) {
