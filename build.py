@@ -136,7 +136,7 @@ def load(defines, arch, source=SOURCE):
         cpp_extension.CUDA_HOME = str(Path(nvcc()).parents[1])
         # ninja may lie beside a Python that is called by its path
         os.environ["PATH"] = os.environ.get("PATH", os.defpath) + os.pathsep + os.path.dirname(sys.executable)
-        with tempfile.TemporaryDirectory(prefix="build_", dir=folder) as place:  # free of older locks
+        with tempfile.TemporaryDirectory(prefix="build_", dir=folder) as place:  # has no older lock
             try:
                 cpp_extension.load(Path(place).name, [str(source)], extra_cuda_cflags=flags(defines, arch),
                                    build_directory=place, is_python_module=False)

@@ -55,7 +55,8 @@ def arguments(argv):
         help="of weights, activations and cache (default: float32 on a CPU, else float16)")
     add("--fused", action="store_true",
         help="decode with the kernel in fused_block.cu, in launches of 8 tokens: needs float16, a GPU of "
-             "compute capability 9.0 or more, and nvcc, which compiles it once for each size")
+             "compute capability 9.0 (10.0 and 12.0 are untested), and nvcc, which compiles it once for each "
+             "size")
     add("--graph", action=BooleanOptionalAction, default=True,
         help="with --fused: replay a CUDA graph (default: yes)")
     add("--explain", action="store_true",
@@ -168,7 +169,7 @@ class Text:
         else:
             from transformers import AutoTokenizer
             self.tokenizer = loading(AutoTokenizer.from_pretrained)(folder, trust_remote_code=False)
-            self.vocab = len(self.tokenizer)  # ids above it: some tokenizers raise
+            self.vocab = len(self.tokenizer)  # on larger ids, which a model may have, some raise
             if self.vocab <= len(self.tokenizer.all_special_ids):  # transformers made one up
                 raise Refused(f"{folder} has no tokenizer: put its tokenizer.json beside its weights")
 

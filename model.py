@@ -123,7 +123,7 @@ class Block(nn.Module):
         attn = self.attend(layer_norm(x, (C,), self.ln1_w, self.ln1_b, eps), rope, cache_kv, pos)
         hidden = linear(layer_norm(x, (C,), self.ln2_w, self.ln2_b, eps), self.w_up, self.b_up)
         mlp = linear(gelu(hidden), self.w_down.T, self.b_down)                    # [B, N, MLP] -> [B, N, C]
-        # x is much larger than attn and mlp, so a sum with x loses the most digits. So x is in one sum only.
+        # x is the largest of the three, so a sum with x rounds off the most. So x is in one sum only.
         return x + (attn + mlp)
 
     def attend(self, x, rope, cache_kv, pos):

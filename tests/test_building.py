@@ -195,3 +195,5 @@ def test_library_without_gpu(nvcc, tmp_path):
                b"no such range of layers" not in said)
     said = launch(None, 1, 0, 32, 1, None) or b""  # two blocks of 320 threads, but 1280 pairs of columns
     report("library", "a grid that cannot carry x: not refused", b"too few blocks" not in said)
+    said = launch(None, 255, 0, 32, 1, None) or b""  # one cluster more than a word can count
+    report("library", "a grid that words cannot count: not refused", b"too many blocks" not in said)
